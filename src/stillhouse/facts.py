@@ -1,0 +1,32 @@
+"""What data tells a model builder: shapes, classes and the task, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Task = Literal["classification", "regression", "language", "unlabelled"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts about a data set that a model is built from.
+
+    Attributes:
+        inputs: per-sample shape of each model input, e.g. ``{"pixel_values": (3, 32, 32)}``; without a batch dimension.
+        num_classes: number of classes; ``None`` where there are no class labels.
+        task: what the labels mean.
+        class_names: the classes in label order, where the data names them.
+        factors: number of values of each known ground-truth factor, by name (sets made from known sources).
+    """
+
+    inputs: dict[str, tuple[int, ...]]
+    num_classes: int | None = None
+    task: Task = "classification"
+    class_names: tuple[str, ...] = ()
+    factors: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Per-sample shape of the first input."""
+        return next(iter(self.inputs.values()))
