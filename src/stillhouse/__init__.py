@@ -1,0 +1,43 @@
+"""stillhouse: distillation and disentanglement, one method after the other, with your model and your data.
+
+>>> import stillhouse as sh
+>>> [entry["name"] for entry in sh.methods()][-1]
+'supervised'
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from stillhouse.distil import distil
+    from stillhouse.engine import Method, Result, Stage, Update
+    from stillhouse.recipe import Recipe, load_recipe
+    from stillhouse.registry import entries as methods
+
+# Importing the package must cost nothing: what is asked for is imported then.
+_HOMES = {
+    "distil": "stillhouse.distil",
+    "load_recipe": "stillhouse.recipe",
+    "Recipe": "stillhouse.recipe",
+    "Method": "stillhouse.engine",
+    "Result": "stillhouse.engine",
+    "Stage": "stillhouse.engine",
+    "Update": "stillhouse.engine",
+    "methods": "stillhouse.registry",
+}
+
+__all__ = ["Method", "Recipe", "Result", "Stage", "Update", "distil", "load_recipe", "methods"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'stillhouse' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), "entries" if name == "methods" else name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -29,11 +29,14 @@ class Spec(BaseModel):
         use_attribute_docstrings=True,
     )
 
+    version: ClassVar[int] = 1
+    """Raised by hand when equal fields begin to mean something else; part of every digest."""
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         for name in cls.model_fields:
             inherited = next((base.__dict__[name] for base in cls.__mro__ if name in base.__dict__), None)
-            if callable(inherited):
+            if callable(inherited) or isinstance(inherited, classmethod | staticmethod | property):
                 raise TypeError(f"{cls.__name__}: the field {name!r} shadows a method of the same name.")
 
     def dump(self) -> dict[str, Any]:
@@ -42,8 +45,17 @@ class Spec(BaseModel):
 
     def digest(self) -> str:
         """A short hash of the canonical form, equal for equal specs (used in cache keys and records)."""
-        canonical = json.dumps(self.dump(), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps([self.dump(), sorted(self._versions())], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def _versions(self) -> set[tuple[str, int]]:
+        versions = {(type(self).__name__, self.version)}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for spec in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(spec, Spec):
+                    versions |= spec._versions()
+        return versions
 
 
 class Tagged(Spec):

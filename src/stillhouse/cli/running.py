@@ -1,0 +1,140 @@
+"""``run`` and ``resume``: a recipe, a directory, a live bar, and what people read at the end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from stillhouse.cli.progress import ProgressBar
+from stillhouse.cli.tables import result_table
+from stillhouse.distil import run_recipe
+from stillhouse.engine import Interrupted, Result, Signals, World
+from stillhouse.engine.storage import write_text
+from stillhouse.errors import UserError
+from stillhouse.models import ModelSpec, count_parameters
+from stillhouse.recipe import Recipe, load_recipe
+from stillhouse.report import build, environment
+
+
+def start(source: str, overrides: Sequence[str], *, out: Path | None, seed: int | None, cache: bool) -> None:
+    """Start a run in a new directory."""
+    recipe = load_recipe(source, overrides, seed=seed)
+    world = World.start(recipe.settings.device)
+    directory = world.from_main(out or _free(Path("runs") / recipe.method.name))
+    if world.is_main and (directory / "recipe.yaml").exists() and directory != Path(source).parent:
+        raise UserError(f"{directory} already holds a run; continue it with 'stillhouse resume {directory}', or choose another --out.")
+    _go(recipe, directory, world, cache=cache)
+
+
+def go_on(directory: Path) -> None:
+    """Continue the run in a directory."""
+    if not (directory / "recipe.yaml").exists():
+        raise UserError(f"{directory} holds no run: there is no recipe.yaml in it.")
+    recipe = load_recipe(directory / "recipe.yaml")
+    known = json.loads((directory / "run.json").read_text()) if (directory / "run.json").exists() else {}
+    _go(recipe, directory, World.start(recipe.settings.device), cache=known.get("cache", True))
+
+
+def dry(source: str, overrides: Sequence[str], *, seed: int | None) -> None:
+    """Read a recipe, load its data, build its models, and say what a run would do."""
+    recipe = load_recipe(source, overrides, seed=seed)
+    console = Console()
+    data = recipe.method.data.load()
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
+    console.print(f"data {data.name}: {sizes}; inputs {data.facts.inputs}, classes {data.facts.num_classes}", highlight=False)
+    for name, spec in _models(recipe.method):
+        model = spec.build(data.facts)
+        console.print(f"{name}: {type(model).__name__}, {count_parameters(model):,} parameters", highlight=False)
+    console.print("the recipe is valid; nothing was trained.")
+
+
+def _models(spec: Any, path: str = "") -> list[tuple[str, ModelSpec]]:
+    """All model specs within a spec, with their key paths."""
+    found: list[tuple[str, ModelSpec]] = []
+    for name in type(spec).model_fields:
+        value = getattr(spec, name)
+        for item in value if isinstance(value, tuple) else (value,):
+            here = f"{path}{name}"
+            if isinstance(item, ModelSpec):
+                found.append((here, item))
+            elif hasattr(type(item), "model_fields"):
+                found += _models(item, here + ".")
+    return found
+
+
+def _go(recipe: Recipe, directory: Path, world: World, *, cache: bool) -> None:
+    console = Console(quiet=not world.is_main)
+    signals = Signals()
+    _stop_on_signals(signals)
+    console.print(f"[bold]{recipe.method.name}[/bold] in {escape(str(directory))} (seed {recipe.seed}, {world.device})", highlight=False)
+    if world.is_main:
+        write_text(directory / "run.json", json.dumps(_about(recipe, cache), indent=2) + "\n")
+    try:
+        with ProgressBar(console) as bar:
+            result = run_recipe(recipe, directory, cache=cache, listener=bar, world=world, signals=signals)
+    except Interrupted as stopped:
+        console.print(f"{stopped} Continue with:\n  stillhouse resume {directory}", highlight=False, markup=False)
+        raise SystemExit(Interrupted.exit_code) from None
+    except KeyboardInterrupt:
+        console.print(f"stopped; continue with:\n  stillhouse resume {directory}", highlight=False, markup=False)
+        raise SystemExit(Interrupted.exit_code) from None
+    if world.is_main:
+        _conclude(result, directory, console)
+
+
+def _conclude(result: Result, directory: Path, console: Console) -> None:
+    for table in result.tables:
+        result_table(table.title, table.columns, table.rows, console)
+    for note in result.notes:
+        console.print(escape(note), style="dim", highlight=False)
+    page = build(directory)
+    console.print(f"report: {escape(str(page))}", highlight=False, soft_wrap=True)
+
+
+def _about(recipe: Recipe, cache: bool) -> dict[str, Any]:
+    method = recipe.method
+    return {
+        "command": ["stillhouse", *sys.argv[1:]],
+        "cache": cache,
+        "seed": recipe.seed,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(),
+        "method": {
+            "name": method.name,
+            "title": method.paper.title,
+            "arxiv": method.paper.arxiv,
+            "year": method.paper.year,
+            "family": method.family,
+            "summary": method.summary,
+            "verified": method.verified,
+        },
+    }
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first of ``path-2``, ``path-3``, ... that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def _stop_on_signals(signals: Signals) -> None:
+    """The first Ctrl-C (or SIGTERM) asks for a checkpoint and a stop; the second stops at once."""
+
+    def ask(number: int, frame: Any) -> None:
+        if signals.stop:
+            raise KeyboardInterrupt
+        signals.stop = True
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)

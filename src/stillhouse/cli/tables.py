@@ -1,0 +1,41 @@
+"""Tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from stillhouse.registry import Entry
+
+
+def methods_table(found: Sequence[Entry]) -> None:
+    """Print the list of methods."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("name", "family", "year", "arXiv", "what it is for"):
+        table.add_column(column, no_wrap=column != "what it is for")
+    for entry in found:
+        year = str(entry["year"] or "")
+        table.add_row(
+            entry["name"], entry["family"] + (" (classic)" if entry["classic"] else ""), year, entry["arxiv"], escape(entry["summary"])
+        )
+    Console().print(table)
+
+
+def result_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], console: Console | None = None) -> None:
+    """Print a table of a run's result."""
+    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(escape(column), justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*(escape(_cell(cell)) for cell in row))
+    (console or Console()).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if not value.is_integer() else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

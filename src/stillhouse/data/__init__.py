@@ -1,0 +1,33 @@
+"""Data: specs to write in a recipe, loaded sets with fixed splits, and exactly resumable batches.
+
+>>> data = load_data("digits")
+>>> stream = data.split("train").batches(32).open(seed=0)
+>>> next(stream)["pixel_values"].shape
+torch.Size([32, 1, 8, 8])
+"""
+
+from stillhouse.data.augment import Augment, CropFlip, NoAugment, Shift
+from stillhouse.data.batch import Batch
+from stillhouse.data.batches import Batches, Stream
+from stillhouse.data.classic import Digits
+from stillhouse.data.dataset import Data, DataSpec, Split, load_data, read_spec
+from stillhouse.data.pixels import PixelScale
+from stillhouse.facts import Facts
+
+__all__ = [
+    "Augment",
+    "Batch",
+    "Batches",
+    "CropFlip",
+    "Data",
+    "DataSpec",
+    "Digits",
+    "Facts",
+    "NoAugment",
+    "PixelScale",
+    "Shift",
+    "Split",
+    "Stream",
+    "load_data",
+    "read_spec",
+]

@@ -1,0 +1,175 @@
+"""Augmentations of image batches: vectorised, on the batch's device, drawing only from torch's global generator."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from stillhouse.errors import UserError, nearest
+from stillhouse.spec import Tagged
+
+
+class Augment(Tagged):
+    """Base of augmentations. They act on pictures in [0, 1] and are differentiable in the pixels.
+
+    Each random number is drawn for the global batch and then sliced, so that ``world`` processes together see what one
+    process with the whole batch would.
+    """
+
+    noun: ClassVar[str] = "augmentation"
+
+    def __call__(
+        self, pixels: Float[Tensor, "batch channels height width"], *, rank: int = 0, world: int = 1
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Augment a batch (this process's slice ``rank`` of ``world`` equal ones)."""
+        raise NotImplementedError
+
+
+class NoAugment(Augment):
+    """The images as they are."""
+
+    kind: ClassVar[str] = "none"
+
+    def __call__(
+        self, pixels: Float[Tensor, "batch channels height width"], *, rank: int = 0, world: int = 1
+    ) -> Float[Tensor, "batch channels height width"]:
+        return pixels
+
+
+class CropFlip(Augment):
+    """A random crop from the image with a black frame, then a mirror image half of the time (the CIFAR custom)."""
+
+    kind: ClassVar[str] = "crop-flip"
+
+    padding: int = Field(4, ge=0)
+    """Pixels of black frame on each side."""
+    flip: bool = True
+    """Mirror left and right with probability one half."""
+
+    def __call__(
+        self, pixels: Float[Tensor, "batch channels height width"], *, rank: int = 0, world: int = 1
+    ) -> Float[Tensor, "batch channels height width"]:
+        count = len(pixels)
+        offsets = drawn_integers(2 * self.padding + 1, (count, 2), pixels.device, rank, world)
+        mirrored = drawn_integers(2, (count,), pixels.device, rank, world).bool() if self.flip else None
+        return moved(pixels, offsets, self.padding, mirrored)
+
+
+class Shift(Augment):
+    """A random shift by whole pixels, black moving in: for characters, where a mirror image is another character."""
+
+    kind: ClassVar[str] = "shift"
+
+    by: int = Field(1, ge=0)
+    """Largest shift in each direction, in pixels."""
+
+    def __call__(
+        self, pixels: Float[Tensor, "batch channels height width"], *, rank: int = 0, world: int = 1
+    ) -> Float[Tensor, "batch channels height width"]:
+        offsets = drawn_integers(2 * self.by + 1, (len(pixels), 2), pixels.device, rank, world)
+        return moved(pixels, offsets, self.by, None)
+
+
+class Kornia(Augment):
+    """A pipeline of kornia augmentations, each with its arguments, in order.
+
+    >>> Kornia(operations=["RandomHorizontalFlip", {"RandomAffine": {"degrees": 15.0}}]).operations[0]
+    {'RandomHorizontalFlip': {}}
+    """
+
+    kind: ClassVar[str] = "kornia"
+
+    operations: tuple[dict[str, dict[str, Any]], ...] = Field(min_length=1)
+    """Names in ``kornia.augmentation``, alone or as ``{name: {argument: value}}``."""
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        return cls(operations=tuple(text.split(",")))
+
+    @field_validator("operations", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple({item: {}} if isinstance(item, str) else item for item in items)
+
+    def __call__(
+        self, pixels: Float[Tensor, "batch channels height width"], *, rank: int = 0, world: int = 1
+    ) -> Float[Tensor, "batch channels height width"]:
+        count = len(pixels)
+        for operation in self._pipeline():
+            whole = torch.Size((count * world, *pixels.shape[1:]))
+            params = operation.forward_parameters(whole)
+            if world > 1:
+                for name, value in params.items():
+                    # The order of colour changes and the batch's shape are about the batch, all else is per sample.
+                    if name not in ("order", "forward_input_shape") and len(value) == count * world:
+                        params[name] = value[rank * count : (rank + 1) * count]
+            pixels = operation(pixels, params=params)
+        return pixels
+
+    def _pipeline(self) -> list[Any]:
+        """The operations, made once per set of fields and process.
+
+        Raises:
+            UserError: if kornia is missing, or has no such augmentation or argument.
+        """
+        return _pipeline_of(json.dumps(self.operations))
+
+
+@lru_cache(maxsize=32)
+def _pipeline_of(operations: str) -> list[Any]:
+    try:
+        import kornia.augmentation as kornia
+    except ImportError:
+        raise UserError("Kornia augmentations need kornia: pip install 'stillhouse[knowledge]'.") from None
+    pipeline = []
+    for entry in json.loads(operations):
+        for name, arguments in entry.items():
+            operation = getattr(kornia, name, None)
+            if not (isinstance(operation, type) and issubclass(operation, kornia.AugmentationBase2D)):
+                named = [
+                    other
+                    for other, value in vars(kornia).items()
+                    if isinstance(value, type) and issubclass(value, kornia.AugmentationBase2D)
+                ]
+                raise UserError(f"augment: kornia has no image augmentation {name!r}; {nearest(name, named)}")
+            # JSON has no tuples, and kornia tells a range (tuple) from other sequences.
+            values = {key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()}
+            try:
+                pipeline.append(operation(**values))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"augment: kornia's {name} does not take {arguments}: {error}.") from None
+    return pipeline
+
+
+def drawn_integers(below: int, shape: tuple[int, ...], device: torch.device, rank: int, world: int) -> Tensor:
+    """Random integers in 0 .. below-1 for a global batch, this process's slice of them."""
+    count = shape[0]
+    drawn = torch.randint(below, (count * world, *shape[1:]), device=device)
+    return drawn[rank * count : (rank + 1) * count]
+
+
+def moved(
+    pixels: Float[Tensor, "batch channels height width"],
+    offsets: Int[Tensor, "batch 2"],
+    padding: int,
+    mirrored: Bool[Tensor, " batch"] | None,
+) -> Float[Tensor, "batch channels height width"]:
+    """Windows of the padded images at the given (row, column) offsets, mirrored where asked; one gather for all."""
+    height, width = pixels.shape[-2:]
+    padded = F.pad(pixels, (padding,) * 4)
+    rows = offsets[:, :1] + torch.arange(height, device=pixels.device)
+    columns = torch.arange(width, device=pixels.device).expand(len(pixels), -1)
+    if mirrored is not None:
+        columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
+    columns = offsets[:, 1:] + columns
+    places = (rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]).flatten(1)
+    windows = padded.flatten(2).gather(2, places[:, None].expand(-1, pixels.shape[1], -1))
+    return windows.view_as(pixels)

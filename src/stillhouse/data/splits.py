@@ -1,0 +1,92 @@
+"""Fixed orders and fixed splits: functions of a name and the sample's place, never of a run's seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from stillhouse.errors import UserError
+
+
+def number_of(*parts: object) -> int:
+    """A 63-bit number that depends on all parts; equal on every machine and version.
+
+    >>> number_of(0, 1) == number_of(0, 1) != number_of(1, 0)
+    True
+    """
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def hashes(count: int, salt: str) -> np.ndarray:
+    """One 64-bit hash (splitmix64) for each of the numbers 0 .. count-1; another salt gives independent ones."""
+    with np.errstate(over="ignore"):
+        z = (np.arange(count, dtype=np.uint64) + np.uint64(number_of(salt))) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def balanced_order(labels: Int[Tensor, " samples"] | None, count: int, salt: str) -> Int[Tensor, " samples"]:
+    """A fixed order of all samples in which every prefix holds the classes as equally as their sizes allow.
+
+    Without labels it is a fixed shuffle.
+    """
+    keys = hashes(count, salt)
+    order = np.argsort(keys, kind="stable")
+    if labels is None:
+        return torch.from_numpy(order)
+    classes = labels.numpy()[order]
+    by_class = np.argsort(classes, kind="stable")
+    sizes = np.bincount(classes, minlength=1)
+    starts = np.cumsum(sizes) - sizes
+    place = np.empty(count, dtype=np.int64)
+    place[by_class] = np.arange(count) - starts[classes[by_class]]
+    return torch.from_numpy(order[np.argsort(place, kind="stable")])
+
+
+def carve(
+    labels: Int[Tensor, " samples"] | None, count: int, fractions: Mapping[str, float], salt: str
+) -> dict[str, Int[Tensor, " part"]]:
+    """Divide samples into named parts of given fractions, class by class where there are labels.
+
+    Args:
+        labels: class of each sample; ``None`` divides without regard to classes.
+        count: number of samples.
+        fractions: share of each part; they sum to one. The first part also takes what rounding leaves.
+        salt: name that fixes the division.
+
+    Returns:
+        Ascending positions of each part.
+
+    Raises:
+        UserError: if a part with a positive fraction would be empty.
+    """
+    keys = hashes(count, salt)
+    order = np.argsort(keys, kind="stable")
+    if labels is None:
+        groups = [order]
+    else:
+        classes = labels.numpy()[order]
+        groups = [order[classes == label] for label in np.unique(classes)]
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in fractions}
+    names = list(fractions)
+    for group in groups:
+        start = 0
+        for name in reversed(names[1:]):
+            size = round(fractions[name] * len(group))
+            parts[name].append(group[start : start + size])
+            start += size
+        parts[names[0]].append(group[start:])
+    carved = {name: torch.from_numpy(np.sort(np.concatenate(pieces))) for name, pieces in parts.items()}
+    for name, positions in carved.items():
+        if fractions[name] > 0 and len(positions) == 0:
+            raise UserError(
+                f"{count} samples are too few to set {fractions[name]:.0%} of each class aside as {name!r}."
+            )
+    return {name: positions for name, positions in carved.items() if len(positions)}

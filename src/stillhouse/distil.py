@@ -1,0 +1,99 @@
+"""The front door in Python: your model, your data, a method by name."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from stillhouse.engine import Listener, Result, Run, RunDirectory, Settings, World
+from stillhouse.errors import UserError, nearest
+from stillhouse.recipe import Recipe, build_recipe
+from stillhouse.registry import method_class
+
+
+def distil(
+    method: str = "sinkd",
+    *,
+    data: Any = None,
+    validation: Any = None,
+    test: Any = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    settings: dict[str, Any] | None = None,
+    cache: bool = True,
+    listener: Listener | None = None,
+    **fields: Any,
+) -> Result:
+    """Run a method with your own objects.
+
+    Args:
+        method: the method's name (see ``stillhouse list``).
+        data: training data: a name, a spec, a map-style data set, a pair of tensors (inputs, labels), a dict of tensors,
+            or a Hugging Face data set.
+        validation: validation data in the same form; part of the training data is held out when it is not given.
+        test: test data in the same form, for the final table.
+        seed: the seed.
+        out: run directory; with the same arguments, an interrupted run there is continued. A temporary one by default.
+        settings: the recipe's ``run`` block: device, precision, log_every, ...
+        cache: reuse trained teachers and outputs across runs.
+        listener: told of progress.
+        **fields: the method's fields, such as ``teacher``, ``student`` (modules, names or specs), ``epochs``.
+
+    Returns:
+        The result: its artefacts are attributes (``result.student``), its numbers are in ``result.metrics``.
+
+    Raises:
+        UserError: a name, a field or the data is wrong; one sentence says what and where.
+    """
+    cls = method_class(method)
+    for name in fields:
+        if name not in cls.model_fields:
+            raise UserError(f"{method}: {name}: there is no such field; {nearest(name, cls.model_fields)}")
+    values: dict[str, Any] = {"method": method, "seed": seed, "run": settings or {}, **fields}
+    if validation is not None or test is not None:
+        if data is None:
+            raise UserError("validation and test data were given without training data; pass it as data=.")
+        data = {"train": data} | {k: v for k, v in (("validation", validation), ("test", test)) if v is not None}
+    if data is not None:
+        values["data"] = data
+    recipe = build_recipe(values, where=method)
+    if out is not None:
+        return run_recipe(recipe, Path(out), cache=cache, listener=listener)
+    with tempfile.TemporaryDirectory(prefix="stillhouse-") as directory:
+        result = run_recipe(recipe, Path(directory), cache=cache, listener=listener)
+        result.directory = None
+        return result
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    cache: bool = True,
+    listener: Listener | None = None,
+    world: World | None = None,
+    **options: Any,
+) -> Result:
+    """Run or continue a recipe in the directory ``out``; more ``options`` go to :class:`~stillhouse.engine.Run`."""
+    world = world or World.start(recipe.settings.device)
+    directory = RunDirectory(out, writes=world.is_main)
+    directory.lock()
+    try:
+        if world.is_main:
+            recipe.write(out / "recipe.yaml")
+        run = Run(
+            recipe.method,
+            directory,
+            seed=recipe.seed,
+            settings=recipe.settings,
+            world=world,
+            cache=cache,
+            listener=listener,
+            **options,
+        )
+        return run.execute()
+    finally:
+        directory.release()
+
+

@@ -1,0 +1,135 @@
+"""Processes: who am I, gather, mean, and the averaging of gradients. One process is a world of size 1."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stillhouse.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+        device: where this process trains.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, device: str = "auto") -> World:
+        """Join the processes that ``torchrun`` (or accelerate's launcher) started, or be alone.
+
+        Args:
+            device: ``auto`` (the accelerator when there is one), ``cpu``, ``cuda`` or ``mps``.
+
+        Raises:
+            UserError: the device is not on this machine.
+        """
+        if device not in ("auto", "cpu") and not getattr(torch, device).is_available():
+            raise UserError(f"run.device: there is no {device} device on this machine; use 'auto' or 'cpu'.")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState
+
+            state = PartialState(cpu=device == "cpu")
+            return cls(state.process_index, state.num_processes, torch.device(state.device))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return cls(0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
+
+    @property
+    def is_main(self) -> bool:
+        """True in the process that writes files."""
+        return self.rank == 0
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Concatenate a tensor over processes along dimension 0, in rank order, with gradient.
+
+        Every process must pass the same shape. A loss of the gathered tensor, computed alike in every process, gives
+        after the engine's averaging the gradient of one process that holds the whole batch.
+        """
+        if self.size == 1:
+            return x
+        if not x.requires_grad:
+            parts = [torch.empty_like(x) for _ in range(self.size)]
+            dist.all_gather(parts, x.contiguous())
+            return torch.cat(parts)
+        from torch.distributed.nn.functional import all_gather
+
+        return torch.cat(all_gather(x.contiguous()))
+
+    def mean(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mean over the elements of all processes that ``mask`` selects (all without a mask), with gradient.
+
+        The processes may hold different numbers of selected elements. What is returned in one process is its share,
+        scaled so that the average over processes, which the engine takes of gradients and logs, is the global mean.
+        """
+        if mask is None:
+            mask = torch.ones_like(x)
+        mask = mask.to(x.dtype).expand_as(x)
+        count = mask.sum()
+        if self.size > 1:
+            dist.all_reduce(count)
+        return (x * mask).sum() * self.size / count.clamp_min(1)
+
+    def average(self, x: Tensor) -> Tensor:
+        """Average a tensor without gradient over processes."""
+        if self.size > 1:
+            x = x.detach().clone()
+            dist.all_reduce(x)
+            x /= self.size
+        return x
+
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Average ``.grad`` over processes in one flat bucket per data type, in the order given.
+
+        A parameter without a gradient here counts as zero, so that processes whose batch did not reach it stay in step.
+        """
+        if self.size == 1:
+            return
+        buckets: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            buckets.setdefault(parameter.dtype, []).append(parameter.grad)
+        for gradients in buckets.values():
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= self.size
+            for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(piece.view_as(gradient))
+
+    def from_main(self, value: T) -> T:
+        """The main process's value, in every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """True in every process when it is true in one."""
+        if self.size == 1:
+            return flag
+        box = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return bool(box.item())

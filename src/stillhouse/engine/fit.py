@@ -1,0 +1,610 @@
+"""Fitting one stage: the training loop, its guards, its evaluations, its checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.data import Batch
+from stillhouse.engine.checkpoint import Checkpoints
+from stillhouse.engine.optim import weight_at
+from stillhouse.engine.records import Recorder
+from stillhouse.engine.seeding import derive, forked_generators
+from stillhouse.engine.stage import Evaluation, Held, Losses, Modules, Skip, Stage, Trained, Update, resolve
+from stillhouse.errors import NonFiniteError, RunError, UserError
+
+if TYPE_CHECKING:
+    from stillhouse.data import Batches
+    from stillhouse.engine.run import Run
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Interrupted(RunError):
+    """The user asked to stop; a checkpoint was written."""
+
+    exit_code = 130
+
+
+class Fit:
+    """The training of one stage within a run.
+
+    Args:
+        stage: what to train.
+        run: the run it belongs to.
+        checkpoints: where its state goes.
+    """
+
+    def __init__(self, stage: Stage, run: Run, checkpoints: Checkpoints) -> None:
+        self.stage, self.run, self.checkpoints = stage, run, checkpoints
+        device = run.world.device
+        self.device = device
+        self.modules = Modules({n: m.module if isinstance(m, Held) else m for n, m in stage.modules.items()})
+        self.state_names = [n for n, m in stage.modules.items() if not isinstance(m, Held)]
+        for module in self.modules.values():
+            module.to(device)
+        self.parts: list[Any] = [m for n in self.state_names if hasattr(m := self.modules[n], "after_step")]
+        self.turns = [Turn(update, stage, self) for update in stage.updates]
+        trained = [p for turn in self.turns for p in turn.parameters]
+        self.unmoved = [p for n in self.state_names for p in self.modules[n].parameters() if not _among(p, trained)]
+        self.streams = Streams(stage, run)
+        self.per_epoch = max(1, stage.batches.per_epoch(run.world.size) // stage.accumulate) if stage.batches else 1
+        self.averages = {n: Average(self.modules[n], decay) for n, decay in stage.ema.items()}
+        self.recorder = Recorder(stage, run.directory.path / "records" / stage.name, run.world)
+        self.buffers = [b for n in self.state_names for b in self.modules[n].buffers()]
+        self.snapshots = [[b.clone() for b in self.buffers] for _ in range(2)]
+        self.best: dict[str, Any] | None = None
+        self.metrics: dict[str, float] = {}
+        self.step = 0
+        self.stopped_early = False
+        precision = run.settings.precision
+        self.autocast: Callable[[], AbstractContextManager[Any]] = (
+            nullcontext if precision == "float32" else lambda: torch.autocast(device.type, DTYPES[precision])
+        )
+
+    def train(self) -> Trained:
+        """Train from the newest checkpoint (or from the start) to the end, or load the end state."""
+        with self._held():
+            end = self.checkpoints.finished()
+            if end is None:
+                self._train()
+                if self.stage.keep == "best":
+                    assert self.best is not None
+                    self._load_modules(self.best["modules"])
+                elif self.stage.keep == "ema":
+                    for average in self.averages.values():
+                        average.apply()
+                if self.run.world.is_main:
+                    self.checkpoints.finish(self._state())
+                self.run.world.barrier()
+            else:
+                self._load(end)
+            self.run.offset = end["offset"] if end else self.run.directory.offset()
+            self.recorder.close()
+        return Trained(
+            name=self.stage.name,
+            steps=self.step,
+            metrics=self.metrics,
+            best=self.best["metrics"] if self.best else self.metrics,
+            ema={name: average.shadow for name, average in self.averages.items()},
+            records=self.recorder.read(self.step),
+            stopped_early=self.stopped_early,
+        )
+
+    def _train(self) -> None:
+        stage, run, settings = self.stage, self.run, self.run.settings
+        checkpoint = self.checkpoints.latest()
+        if checkpoint is not None:
+            self._load(checkpoint)
+        run.directory.rewind(checkpoint["offset"] if checkpoint else run.offset)
+        run.listener.stage(stage.name, stage.steps, self.step)
+        log_every, every_steps = settings.log_every, settings.checkpoint_every
+        saved_at = time.monotonic()
+        evaluate_every = stage.evaluate.every if stage.evaluate else 0
+        if self.step == 0:
+            self.recorder.take(0, self.modules)
+        while self.step < stage.steps and not self.stopped_early:
+            self._step(self.step)
+            self.step = step = self.step + 1
+            last = step == stage.steps
+            if last or step % log_every == 0:
+                self._log(step)
+            run.listener.step(step)
+            self.recorder.take(step, self.modules)
+            if stage.evaluate and (last or step % evaluate_every == 0):
+                self._evaluate(stage.evaluate, step)
+            stop, late = run.signals.stop, time.monotonic() - saved_at > 60 * settings.checkpoint_minutes
+            if run.world.size > 1:
+                # Processes must agree, and agreeing costs a message: asked only where they meet anyway.
+                meeting = step % log_every == 0
+                stop, late = meeting and run.world.any(stop), meeting and run.world.any(late)
+            if not last and not self.stopped_early and (stop or late or (every_steps and step % every_steps == 0)):
+                self._check_late()
+                self._save()
+                saved_at = time.monotonic()
+            if stop and not last:
+                raise Interrupted(f"stopped in stage {stage.name!r} at step {step}.")
+        self._check_late()
+
+    def _step(self, step: int) -> None:
+        run, stage = self.run, self.stage
+        run.enter(stage.name, step, stage.steps, self.per_epoch)
+        if self.buffers:
+            torch._foreach_copy_(self.snapshots[step % 2], self.buffers)
+        batches: list[Batch] | None = None
+        for turn in self.turns:
+            update = turn.update
+            if step % update.every if isinstance(update.every, int) else not update.every(run):
+                continue
+            for time_ in range(update.times):
+                if update.batches is not None:
+                    mine = self._fetch(update.name, step, str(time_), prepared=False)
+                elif batches is None or time_ > 0:
+                    again = f"{update.name} {time_}" if time_ else ""
+                    mine = batches = self._fetch("batch", step, again, prepared=True)
+                else:
+                    mine = batches
+                turn.fire(mine, step, time_)
+        for part in self.parts:
+            part.after_step(run)
+        for average in self.averages.values():
+            average.update()
+
+    def _fetch(self, stream: str, step: int, again: str, *, prepared: bool) -> list[Batch]:
+        run, stage = self.run, self.stage
+        batches = []
+        for micro in range(stage.accumulate):
+            run.place("fetch", stream, micro, again)
+            batch = self.streams.next(stream)
+            if prepared and stage.prepare is not None:
+                run.place("prepare", stream, micro, again)
+                with self.autocast():
+                    replaced = stage.prepare(self.modules, batch, run)
+                batch = batch if replaced is None else replaced
+            batches.append(batch)
+        return batches
+
+    def _check_late(self) -> None:
+        for turn in self.turns:
+            turn.check_late()
+
+    def fail(self, turn: Turn, term: str, step: int) -> None:
+        """Stop for a non-finite term: nothing was stepped, and buffers that the forward moved are put back."""
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.snapshots[step % 2])
+        kept = self.checkpoints.directory if self.checkpoints.any() else None
+        raise NonFiniteError(
+            f"stage {self.stage.name!r}, step {step}: the {term!r} term of update {turn.update.name!r} is NaN or infinite; "
+            + ("weights were left as they were" + (f" and the last good checkpoint is in {kept}." if kept else ".")),
+            stage=self.stage.name,
+            term=term,
+            step=step,
+        )
+
+    def _log(self, step: int) -> None:
+        row: dict[str, float | int | str] = {"stage": self.stage.name, "step": step}
+        for turn in self.turns:
+            row.update(turn.flush())
+        self.run.log(row)
+
+    def _evaluate(self, evaluation: Evaluation, step: int) -> None:
+        seed = derive(self.run.seed, self.stage.name, step, "evaluate")
+        with measuring(*self.modules.values()), forked_generators(seed, self.device):
+            with self._averaged() if self.stage.keep == "ema" else nullcontext():
+                measured = {k: float(v) for k, v in evaluation.measure(self.modules).items()}
+        measured = self.run.world.from_main(measured)
+        self.metrics = measured
+        self.run.log({"stage": self.stage.name, "step": step, **measured})
+        if evaluation.monitor not in measured:
+            raise UserError(
+                f"stage {self.stage.name!r}: the evaluation gives {sorted(measured)}, not the monitored {evaluation.monitor!r}."
+            )
+        value = measured[evaluation.monitor]
+        sign = 1 if evaluation.mode == "max" else -1
+        if self.best is None or sign * value > sign * self.best["value"]:
+            modules = self._module_state(clone=True) if self.stage.keep == "best" else {}
+            self.best = {"value": value, "step": step, "stale": 0, "metrics": measured, "modules": modules}
+        else:
+            self.best["stale"] += 1
+            if evaluation.patience is not None and self.best["stale"] >= evaluation.patience:
+                self.stopped_early = True
+
+    def _module_state(self, *, clone: bool = False) -> dict[str, dict[str, Tensor]]:
+        state = {n: dict(self.modules[n].state_dict()) for n in self.state_names}
+        return {n: {k: v.clone() for k, v in s.items()} for n, s in state.items()} if clone else state
+
+    def _load_modules(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name in self.state_names:
+            self.modules[name].load_state_dict(state[name])
+
+    def _state(self) -> dict[str, Any]:
+        self.recorder.flush()
+        return {
+            "step": self.step,
+            "modules": self._module_state(),
+            "turns": {turn.update.name: turn.state() for turn in self.turns},
+            "streams": self.streams.state(),
+            "averages": {name: average.shadow for name, average in self.averages.items()},
+            "best": self.best,
+            "metrics": self.metrics,
+            "stopped_early": self.stopped_early,
+            "offset": self.run.directory.offset(),
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self._load_modules(state["modules"])
+        for turn in self.turns:
+            turn.load(state["turns"][turn.update.name])
+        self.streams.load(state["streams"])
+        for name, average in self.averages.items():
+            average.load(state["averages"][name])
+        self.best, self.metrics = state["best"], state["metrics"]
+        self.stopped_early = state["stopped_early"]
+
+    def _save(self) -> None:
+        if self.run.world.is_main:
+            self.run.directory.flush()
+            self.checkpoints.save(self.step, self._state())
+        self.run.world.barrier()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones."""
+        saved = self._module_state(clone=True)
+        for average in self.averages.values():
+            average.apply()
+        try:
+            yield
+        finally:
+            self._load_modules(saved)
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Modes and gradient flags of the stage, put back afterwards; frozen modules run without a graph."""
+        modes = [(sub, sub.training) for module in self.modules.values() for sub in module.modules()]
+        flags = [(p, p.requires_grad) for module in self.modules.values() for p in module.parameters()]
+        hooks = []
+        for name, held in self.stage.modules.items():
+            module = self.modules[name]
+            if isinstance(held, Held):
+                module.eval().requires_grad_(False)
+                if held.mode == "frozen":
+                    hooks += _without_graph(module)
+                elif held.mode == "scratch":
+                    module.train()
+            else:
+                module.train()
+        for parameter in self.unmoved:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for sub, mode in modes:
+                sub.training = mode
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+
+
+class Turn:
+    """One update's machinery: its parameters, optimisers, scaler, sums for the log."""
+
+    def __init__(self, update: Update, stage: Stage, fit: Fit) -> None:
+        self.update, self.stage, self.fit = update, stage, fit
+        where = f"stage {stage.name!r}, update {update.name!r}"
+        self.groups: list[tuple[str, Any, list[nn.Parameter], torch.optim.Optimizer]] = []
+        self.paths: list[str] = []
+        self.parameters: list[nn.Parameter] = []
+        for pattern, spec in update.trains.items():
+            try:
+                found = resolve(pattern, stage.modules)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            for path, parameter in found:
+                if _among(parameter, self.parameters):
+                    raise UserError(
+                        f"{where}: {path} is matched by two patterns in 'trains'; let one of them leave it out."
+                    )
+                self.paths.append(path)
+                self.parameters.append(parameter)
+            parameters = [parameter for _, parameter in found]
+            name = pattern if isinstance(pattern, str) else "+".join(pattern)
+            self.groups.append((name, spec, parameters, spec.build(parameters)))
+        self.firings = 0
+        every = update.every if isinstance(update.every, int) else 1
+        self.total = -(-stage.steps // every) * update.times
+        fields = fit.run.method
+        self.weight_of = lambda term: (
+            update.weights.get(term, 1.0) if update.weights is not None else getattr(fields, f"weight_{term}", 1.0)
+        )
+        fp16 = fit.run.settings.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(fit.device.type) if fp16 else None
+        self.evaluating = [fit.modules[name] for name in update.eval]
+        self.seen: list[tuple[str, Tensor, float]] = []
+        self.sums: dict[str, Tensor] = {}
+        self.scales: dict[str, float] = {}
+        self.count = 0
+        self.immediate = (
+            fit.device.type == "cpu"
+            or fit.run.world.size > 1
+            or not all(group.defaults.get("fused") for *_, group in self.groups)
+        )
+        self.late: tuple[int, list[tuple[str, Tensor, float]], Tensor] | None = None
+
+    def fire(self, batches: Sequence[Batch], step: int, time_: int) -> None:
+        """One firing: losses and gradients over the micro-batches, then one step of each optimiser."""
+        run, fit = self.fit.run, self.fit
+        self.check_late()
+        for parameter in self.parameters:
+            parameter.grad = None
+        for module in self.evaluating:
+            module.eval()
+        self.seen = []
+        total: Tensor | None = None
+        dropped = False
+        for micro, batch in enumerate(batches):
+            run.place("loss", self.update.name, micro, time_)
+            with fit.autocast():
+                losses = self.update.loss(fit.modules, batch, run)
+            if isinstance(losses, Skip):
+                self.firings += 1
+                return
+            for loss, some_dropped in self._weighed(losses):
+                dropped |= some_dropped
+                if loss is None:
+                    continue
+                if len(batches) > 1:
+                    loss = loss / len(batches)
+                total = loss.detach() if total is None else total + loss.detach()
+                if self.immediate and run.world.size == 1 and not math.isfinite(total.item()):
+                    self._blame(step)
+                if loss.requires_grad:
+                    scaled = loss if self.scaler is None else self.scaler.scale(loss)
+                    torch.autograd.backward(scaled, inputs=self.parameters)
+        for module in self.evaluating:
+            module.train()
+        if total is None:
+            raise UserError(
+                f"stage {self.stage.name!r}, update {self.update.name!r}: every term has weight 0, so nothing is trained."
+            )
+        if run.world.size > 1:
+            if run.world.any(not math.isfinite(total.item())):
+                self._blame(step)
+            run.world.average_gradients(self.parameters)
+        if self.firings == 0 and not (self.update.sparse or dropped):
+            self._check_reached()
+        bad = None if self.immediate else ~torch.isfinite(total)
+        self._optimise(step, bad)
+        if bad is not None:
+            self.late = (step, self.seen, bad)
+        for name, value, weight in self.seen:
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.scales[name] = weight
+        self.count += len(batches)
+        self.firings += 1
+
+    def _weighed(self, losses: Losses | Iterator[Losses]) -> Iterator[tuple[Tensor | None, bool]]:
+        """The weighted loss, or those of its pieces one after the other, computed under the run's precision."""
+        pieces = iter((losses,)) if isinstance(losses, Mapping) else losses
+        while True:
+            with self.fit.autocast():
+                piece = next(pieces, None)
+                if piece is None:
+                    return
+                weighed = self._weigh(piece)
+            yield weighed
+
+    def _weigh(self, losses: Losses) -> tuple[Tensor | None, bool]:
+        """The weighted sum of the terms whose weight is not 0, and whether any was left out."""
+        total: Tensor | None = None
+        dropped = False
+        for name, term in losses.items():
+            weight = weight_at(self.weight_of(name), self.fit.run.progress)
+            if weight == 0:
+                dropped = True
+                continue
+            value: Tensor = term if isinstance(term, Tensor) else term()
+            weighted = value if weight == 1 else value * weight
+            total = weighted if total is None else total + weighted
+            self.seen.append((name, value.detach(), weight))
+        return total, dropped
+
+    def _optimise(self, step: int, bad: Tensor | None) -> None:
+        for _, spec, parameters, optimizer in self.groups:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if self.scaler is not None:
+                self.scaler.unscale_(optimizer)
+            if spec.clip_value is not None:
+                torch._foreach_clamp_min_(gradients, -spec.clip_value)
+                torch._foreach_clamp_max_(gradients, spec.clip_value)
+            if spec.clip_norm is not None:
+                norm = nn.utils.clip_grad_norm_(parameters, spec.clip_norm)
+            elif self.scaler is None and gradients:
+                norm = nn.utils.get_total_norm(gradients, norm_type=math.inf)
+            else:
+                norm = None
+            if norm is not None and self.scaler is None:
+                if bad is not None:
+                    bad |= ~torch.isfinite(norm)
+                elif not math.isfinite(norm.item()):
+                    self.fit.fail(self, "gradient", step)
+            if not spec.constant:
+                lr = spec.lr_at(self.firings, self.total)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+        for *_, optimizer in self.groups:
+            if self.scaler is not None:
+                self.scaler.step(optimizer)
+            elif bad is not None:
+                # Fused optimisers read this flag on the device and leave weights and state alone when it is set.
+                optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
+                optimizer.step()
+            else:
+                optimizer.step()
+        if self.scaler is not None:
+            self.scaler.update()
+
+    def _blame(self, step: int) -> None:
+        term = next((n for n, v, _ in self.seen if not math.isfinite(float(v))), "total")
+        self.fit.fail(self, term, step)
+
+    def check_late(self) -> None:
+        """Read the flag of the firing before: by now the device has it, so nobody waits."""
+        if self.late is None:
+            return
+        late_step, seen, bad = self.late
+        self.late = None
+        if bool(bad):
+            self.seen = seen
+            term = next((n for n, v, _ in seen if not math.isfinite(float(v))), "gradient")
+            self.fit.fail(self, term, late_step)
+
+    def _check_reached(self) -> None:
+        missed = [path for path, p in zip(self.paths, self.parameters, strict=True) if p.grad is None]
+        if missed:
+            raise UserError(
+                f"stage {self.stage.name!r}, update {self.update.name!r}: no loss term reaches {missed[0]}"
+                + (f" and {len(missed) - 1} more trained parameters" if len(missed) > 1 else "")
+                + "; leave it out of 'trains', or mark the update 'sparse'."
+            )
+
+    def flush(self) -> dict[str, float]:
+        """Means of the terms since the last log, their weighted scales, the learning rates."""
+        row: dict[str, float] = {}
+        name = self.update.name
+        if self.count and self.sums:
+            means = self.fit.run.world.average(torch.stack([v.float() for v in self.sums.values()])) / self.count
+            for term, mean in zip(self.sums, means.tolist(), strict=True):
+                row[f"{name}/{term}"] = mean
+                if self.scales[term] != 1:
+                    row[f"{name}/{term}/scale"] = mean * self.scales[term]
+        for pattern, spec, _, optimizer in self.groups:
+            if not spec.constant:
+                row[f"{name}/lr/{pattern}"] = optimizer.param_groups[0]["lr"]
+        self.sums, self.scales, self.count = {}, {}, 0
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """Everything of this update that a resumed run needs."""
+        return {
+            "firings": self.firings,
+            "optimizers": {name: optimizer.state_dict() for name, *_, optimizer in self.groups},
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "sums": self.sums,
+            "scales": self.scales,
+            "count": self.count,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state` gave."""
+        self.firings, self.scales, self.count = state["firings"], state["scales"], state["count"]
+        self.sums = {name: value.to(self.fit.device) for name, value in state["sums"].items()}
+        for name, *_, optimizer in self.groups:
+            optimizer.load_state_dict(state["optimizers"][name])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def reset(self, parameters: Sequence[Tensor]) -> None:
+        """Forget what the optimisers remember of ``parameters``."""
+        for *_, optimizer in self.groups:
+            for parameter in parameters:
+                optimizer.state.pop(parameter, None)
+
+
+class Streams:
+    """The stage's batches and the updates' own, opened under seeds of their names."""
+
+    def __init__(self, stage: Stage, run: Run) -> None:
+        sources: dict[str, Batches] = {}
+        if stage.batches is not None:
+            sources["batch"] = stage.batches
+        for update in stage.updates:
+            if update.batches is not None:
+                sources[update.name] = update.batches
+        world = run.world
+        self.streams = {
+            name: source.open(
+                derive(run.seed, stage.name, name, "order"), rank=world.rank, world=world.size, device=world.device
+            )
+            for name, source in sources.items()
+        }
+
+    def next(self, name: str) -> Batch:
+        """The next batch of a stream; an empty one where the stage has none."""
+        return next(self.streams[name]) if name in self.streams else Batch()
+
+    def state(self) -> dict[str, Any]:
+        """Positions of all streams."""
+        return {name: stream.state() for name, stream in self.streams.items()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state` gave."""
+        for name, stream in self.streams.items():
+            stream.restore(state[name])
+
+
+class Average:
+    """Exponential moving average of a module's floating tensors; other tensors are copied."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module, self.decay = module, decay
+        self.shadow = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+    def update(self) -> None:
+        """Move towards the module's weights."""
+        current = self.module.state_dict()
+        floating = [n for n, t in current.items() if t.is_floating_point()]
+        torch._foreach_lerp_([self.shadow[n] for n in floating], [current[n] for n in floating], 1 - self.decay)
+        for name, tensor in current.items():
+            if not tensor.is_floating_point():
+                self.shadow[name].copy_(tensor)
+
+    def apply(self) -> None:
+        """Write the average into the module."""
+        self.module.load_state_dict(self.shadow)
+
+    def load(self, shadow: Mapping[str, Tensor]) -> None:
+        """Take over a stored average."""
+        for name, tensor in shadow.items():
+            self.shadow[name].copy_(tensor)
+
+
+def _without_graph(module: nn.Module) -> list[Any]:
+    """Hooks that run a module's forward without building a graph."""
+    grad_modes: list[bool] = []
+
+    def enter(*_: Any) -> None:
+        grad_modes.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(False)
+
+    def leave(*_: Any) -> None:
+        torch.set_grad_enabled(grad_modes.pop())
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+
+
+@contextmanager
+def measuring(*modules: nn.Module) -> Iterator[None]:
+    """Modules in eval mode, without gradients, for a block; the mode of every sub-module is put back afterwards."""
+    modes = [(sub, sub.training) for module in modules for sub in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for sub, mode in modes:
+            sub.training = mode
+
+
+def _among(parameter: Tensor, parameters: Sequence[Tensor]) -> bool:
+    return any(parameter is other for other in parameters)

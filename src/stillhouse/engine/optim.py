@@ -1,0 +1,120 @@
+"""Optimisers and schedules as fields: what a method writes down, what the engine builds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from stillhouse.spec import Spec
+
+
+class Optimizer(Spec):
+    """An optimiser, its schedule and its clipping, for one group of parameters of one update."""
+
+    name: Literal["sgd", "adam", "adamw"] = Field("adamw", description="the algorithm")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled for adamw, an L2 term for sgd and adam")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of sgd")
+    nesterov: bool = Field(False, description="Nesterov momentum of sgd")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of adam and adamw")
+    eps: float = Field(1e-8, gt=0, description="denominator guard of adam and adamw")
+    schedule: Literal["constant", "cosine", "linear", "step"] = Field(
+        "constant", description="shape of the learning rate after warm-up; cosine and linear end at 0"
+    )
+    warmup: int = Field(0, ge=0, description="firings over which the learning rate rises linearly from 0")
+    milestones: tuple[float, ...] = Field(
+        (0.5,), description="fractions of training at which 'step' multiplies by gamma"
+    )
+    gamma: float = Field(0.1, gt=0, le=1, description="factor of the 'step' schedule")
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of the group's gradient")
+    clip_value: float | None = Field(None, gt=0, description="largest absolute value of each gradient element")
+
+    def build(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """The torch optimiser over ``parameters``, fused where the parameters' device has fused kernels."""
+        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+        shared: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": fused}
+        if self.name == "sgd":
+            return torch.optim.SGD(parameters, momentum=self.momentum, nesterov=self.nesterov, **shared)
+        kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
+        return kind(parameters, betas=self.betas, eps=self.eps, **shared)
+
+    @property
+    def constant(self) -> bool:
+        """True when the learning rate never changes."""
+        return self.schedule == "constant" and self.warmup == 0
+
+    def lr_at(self, firing: int, total: int) -> float:
+        """Learning rate of firing number ``firing`` of ``total``.
+
+        >>> [round(Optimizer(lr=1.0, schedule="linear").lr_at(i, 4), 2) for i in range(4)]
+        [1.0, 0.75, 0.5, 0.25]
+        """
+        if firing < self.warmup:
+            return self.lr * (firing + 1) / self.warmup
+        progress = (firing - self.warmup) / max(1, total - self.warmup)
+        match self.schedule:
+            case "cosine":
+                return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+            case "linear":
+                return self.lr * max(0.0, 1 - progress)
+            case "step":
+                return self.lr * self.gamma ** sum(progress >= milestone for milestone in self.milestones)
+            case _:
+                return self.lr
+
+
+def sgd(lr: float, **fields: Any) -> Optimizer:
+    """Short for ``Optimizer(name="sgd", ...)``."""
+    return Optimizer(name="sgd", lr=lr, **fields)
+
+
+def adam(lr: float, **fields: Any) -> Optimizer:
+    """Short for ``Optimizer(name="adam", ...)``."""
+    return Optimizer(name="adam", lr=lr, **fields)
+
+
+def adamw(lr: float, **fields: Any) -> Optimizer:
+    """Short for ``Optimizer(name="adamw", ...)``."""
+    return Optimizer(name="adamw", lr=lr, **fields)
+
+
+class Ramp(Spec):
+    """A number that moves with the progress of a stage."""
+
+    start: float = Field(description="value at the start")
+    end: float = Field(description="value at the end")
+    shape: Literal["linear", "cosine"] = Field("linear", description="how it moves between them")
+    begin: float = Field(0.0, ge=0, le=1, description="progress at which it starts to move")
+    until: float = Field(1.0, ge=0, le=1, description="progress at which it arrives")
+
+    def at(self, progress: float) -> float:
+        """The value at ``progress`` in [0, 1].
+
+        >>> Ramp(start=1.0, end=0.0).at(0.25)
+        0.75
+        """
+        width = max(self.until - self.begin, 1e-12)
+        moved = min(1.0, max(0.0, (progress - self.begin) / width))
+        if self.shape == "cosine":
+            moved = 0.5 * (1 - math.cos(math.pi * moved))
+        return self.start + (self.end - self.start) * moved
+
+
+def _not_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a weight is a number or a schedule, not yes or no")
+    return value
+
+
+Weight = Annotated[float | Ramp, BeforeValidator(_not_boolean)]
+"""A loss weight: a number, or a schedule of progress."""
+
+
+def weight_at(weight: float | Ramp, progress: float) -> float:
+    """The value of a weight at ``progress``."""
+    return weight.at(progress) if isinstance(weight, Ramp) else weight

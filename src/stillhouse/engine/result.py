@@ -1,0 +1,99 @@
+"""What a run gives back: named artefacts, numbers, tables and pictures, saved in formats that others read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from stillhouse.engine.storage import write_text
+from stillhouse.errors import nearest
+from stillhouse.models import save
+
+
+@runtime_checkable
+class Saveable(Protocol):
+    """An artefact that knows how to write itself."""
+
+    def save(self, directory: Path) -> None:
+        """Write into ``directory``, which exists, in open formats."""
+
+
+Artefact = nn.Module | Saveable
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table for people.
+
+    Attributes:
+        title: what it compares.
+        columns: headings.
+        rows: cells, as numbers or text.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str | float | int]]
+
+
+@dataclass
+class Result:
+    """The outcome of a run. Artefacts and functions are also attributes: ``result.student``.
+
+    Attributes:
+        artefacts: named modules and other saveable things. Only what is listed here ships.
+        metrics: named final numbers.
+        tables: comparisons for people.
+        pictures: named image grids, (channels, height, width) in [0, 1].
+        functions: what can be done with the artefacts on new data, by name.
+        notes: sentences worth telling.
+        directory: where the run is; None when it was temporary.
+    """
+
+    artefacts: dict[str, Artefact] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    tables: list[Table] = field(default_factory=list)
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    directory: Path | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        for place in ("artefacts", "functions"):
+            found = self.__dict__.get(place, {})
+            if name in found:
+                return found[name]
+        known = [*self.__dict__.get("artefacts", {}), *self.__dict__.get("functions", {})]
+        raise AttributeError(f"this result has no {name!r}; {nearest(name, known)}")
+
+    def save(self, directory: Path) -> None:
+        """Write metrics, artefacts, tables and pictures below ``directory``."""
+        write_text(directory / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
+        result = directory / "result"
+        result.mkdir(exist_ok=True)
+        for name, artefact in self.artefacts.items():
+            place = result / name
+            place.mkdir(exist_ok=True)
+            if isinstance(artefact, Saveable):
+                artefact.save(place)
+            else:
+                save(artefact, place)
+        tables = [{"title": t.title, "columns": t.columns, "rows": t.rows} for t in self.tables]
+        write_text(result / "tables.json", json.dumps({"tables": tables, "notes": self.notes}, indent=2) + "\n")
+        for name, picture in self.pictures.items():
+            save_png(picture, result / f"{name}.png")
+
+
+def save_png(picture: Tensor, path: Path) -> None:
+    """Write a (channels, height, width) tensor in [0, 1] as an 8-bit PNG."""
+    from matplotlib.image import imsave
+
+    pixels = picture.detach().float().clamp(0, 1).cpu()
+    if pixels.shape[0] == 1:
+        pixels = pixels.expand(3, -1, -1)
+    imsave(path, pixels.permute(1, 2, 0).numpy())

@@ -1,0 +1,401 @@
+"""A run: drives a method's generator, hands each yield to the engine, and survives being killed at any point."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from filelock import FileLock
+from pydantic import Field
+from torch import Tensor
+
+from stillhouse.data import Data
+from stillhouse.engine.cache import cache_directory
+from stillhouse.engine.checkpoint import Checkpoints
+from stillhouse.engine.distributed import World
+from stillhouse.engine.fit import Fit
+from stillhouse.engine.method import Method
+from stillhouse.engine.result import Result
+from stillhouse.engine.rundir import RunDirectory
+from stillhouse.engine.seeding import derive, seed_generators
+from stillhouse.engine.stage import Compute, Later, Stage, SubRun, Trained, Yield
+from stillhouse.engine.storage import CorruptError, read_tree, write_text, write_tree
+from stillhouse.engine.tracking import Trackers
+from stillhouse.errors import UserError
+from stillhouse.spec import Spec
+
+
+class Settings(Spec):
+    """How a run is carried out; nothing here is part of a method."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")
+    precision: Literal["float32", "bf16", "fp16"] = Field("float32", description="autocast precision around losses")
+    log_every: int = Field(50, ge=1, description="steps between rows of metrics.jsonl")
+    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints, besides those by time")
+    checkpoint_minutes: float = Field(2.0, gt=0, description="minutes between checkpoints")
+    trackers: tuple[str, ...] = Field(
+        (), description="experiment trackers by accelerate's names: tensorboard, wandb, ..."
+    )
+
+
+class Listener(Protocol):
+    """Somebody who watches a run, such as a progress bar."""
+
+    def stage(self, name: str, steps: int, done: int) -> None:
+        """A stage starts, or continues after ``done`` steps."""
+
+    def step(self, step: int) -> None:
+        """A step is done. Called at every step: be quick."""
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Numbers were logged."""
+
+    def say(self, sentence: str) -> None:
+        """Something worth telling."""
+
+
+class Silent:
+    """A listener that does nothing."""
+
+    def stage(self, name: str, steps: int, done: int) -> None:
+        """Ignore."""
+
+    def step(self, step: int) -> None:
+        """Ignore."""
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Ignore."""
+
+    def say(self, sentence: str) -> None:
+        """Ignore."""
+
+
+@dataclass
+class Signals:
+    """What the outside asks of a run and of the runs within it.
+
+    Attributes:
+        stop: write a checkpoint and stop.
+    """
+
+    stop: bool = False
+
+
+class Run:
+    """One run of one method; what stages, losses and measurements are given.
+
+    Attributes:
+        method: the method.
+        seed: the run's seed, from which every draw derives.
+        world: the processes.
+        settings: how it is carried out.
+        stage: name of the stage being trained.
+        step: its step, from 0.
+        steps: its number of steps.
+        per_epoch: its steps per pass over its data.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        directory: RunDirectory,
+        *,
+        seed: int = 0,
+        settings: Settings | None = None,
+        world: World | None = None,
+        cache: bool = True,
+        data: Data | None = None,
+        listener: Listener | None = None,
+        signals: Signals | None = None,
+    ) -> None:
+        self.method, self.directory, self.seed = method, directory, seed
+        self.settings = settings or Settings()
+        self.world = world or World.start(self.settings.device)
+        self.cache = cache
+        self.listener: Listener = listener or Silent()
+        self.signals = signals or Signals()
+        self.stage, self.step, self.steps, self.per_epoch, self.offset = "", 0, 1, 1, 0
+        self._place: tuple[Any, ...] = ()
+        self._draws = 0
+        self._given_data = data
+        self._trackers: Trackers | None = None
+
+    @cached_property
+    def data(self) -> Data:
+        """The method's data set."""
+        return self._given_data if self._given_data is not None else self.method.data.load()
+
+    @property
+    def progress(self) -> float:
+        """How far the stage is, in [0, 1)."""
+        return self.step / self.steps
+
+    @property
+    def epoch_progress(self) -> float:
+        """Epoch e of E as e / (E - 1): 0 in the first pass over the data, 1 in the last."""
+        epochs = -(-self.steps // self.per_epoch)
+        return (self.step // self.per_epoch) / max(1, epochs - 1)
+
+    # What losses use -----------------------------------------------------------------------------------------------
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Concatenate over processes, with gradient; see :meth:`World.gather`."""
+        return self.world.gather(x)
+
+    def mean(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mean over all processes' selected elements, with gradient; see :meth:`World.mean`."""
+        return self.world.mean(x, mask)
+
+    def randn(self, *shape: int) -> Tensor:
+        """Standard normal noise for this process's samples (the first dimension).
+
+        Drawn for the global batch and sliced by sample, so that more processes see the same noise as one.
+        """
+        return self._draw(torch.randn, shape)
+
+    def rand(self, *shape: int) -> Tensor:
+        """Uniform noise in [0, 1), drawn like :meth:`randn`."""
+        return self._draw(torch.rand, shape)
+
+    def randint(self, high: int, *shape: int) -> Tensor:
+        """Integers in [0, high), drawn like :meth:`randn`."""
+        return self._draw(lambda *size, **kwargs: torch.randint(high, size, **kwargs), shape)
+
+    def generator(self) -> torch.Generator:
+        """A generator that is alike in all processes, seeded by where the run is and how often it was asked."""
+        self._draws += 1
+        generator = torch.Generator(self.world.device)
+        generator.manual_seed(derive(self.seed, self.stage, self.step, *self._place, "draw", self._draws))
+        return generator
+
+    def _draw(self, function: Any, shape: tuple[int, ...]) -> Tensor:
+        rank, size = self.world.rank, self.world.size
+        drawn: Tensor = function(shape[0] * size, *shape[1:], generator=self.generator(), device=self.world.device)
+        return drawn[rank * shape[0] : (rank + 1) * shape[0]]
+
+    def reset(self, module: torch.nn.Module) -> None:
+        """Clear what the stage's optimisers remember of a module's parameters (after it was drawn afresh)."""
+        for turn in self._fit.turns:
+            turn.reset(list(module.parameters()))
+
+    # What the engine uses ------------------------------------------------------------------------------------------
+
+    def enter(self, stage: str, step: int, steps: int, per_epoch: int = 1) -> None:
+        """Move to a step."""
+        self.stage, self.step, self.steps, self.per_epoch = stage, step, steps, per_epoch
+
+    def place(self, *place: int | str) -> None:
+        """Move to a place within the step and seed the generators for it.
+
+        Losses draw differently in each process (dropout); fetching and preparing draw alike in all.
+        """
+        self._place, self._draws = place, 0
+        rank = self.world.rank if place[0] == "loss" else 0
+        seed_generators(derive(self.seed, self.stage, self.step, rank, *place), self.world.device)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Write a row to the log, the trackers and whoever listens."""
+        self.directory.log(row)
+        self.listener.row(row)
+        if self._trackers is not None:
+            self._trackers.log(row)
+
+    def execute(self) -> Result:
+        """Run, or continue, to the end; the result is saved in the directory.
+
+        Raises:
+            UserError: something in the recipe, the data or the method's description is wrong.
+            NonFiniteError: a loss or gradient became NaN or infinite.
+            Interrupted: :attr:`Signals.stop` was set; a checkpoint was written.
+            RunError: the disk is full, ...
+        """
+        names: dict[str, int] = {}
+        yields: list[Any] = self.directory.read("checkpoints/yields.json") or []
+        ambient = Ambient()
+        cost: dict[str, float] = self.directory.read("cost.json") or {}
+        if self.world.is_main:
+            self._trackers = Trackers.start(self.settings.trackers, self.directory.path, self.method.dump())
+        generator = self.method.stages(self)
+        reply: Any = None
+        index = 0
+        try:
+            while True:
+                seed_generators(derive(self.seed, "yield", index), self.world.device)
+                try:
+                    item: Yield = generator.send(reply)
+                except StopIteration as stop:
+                    result = stop.value
+                    break
+                ambient.check()
+                started = time.monotonic()
+                reply = self._handle(item, index, names, yields)
+                label = "+".join(name for name, at in names.items() if at == index)
+                cost[label] = cost.get(label, 0.0) + time.monotonic() - started
+                index += 1
+        finally:
+            generator.close()
+            if self._trackers is not None:
+                self._trackers.finish()
+            self.directory.write("cost.json", cost)
+        if not isinstance(result, Result):
+            raise UserError(f"{type(self.method).__name__}.stages returns {result!r}; it must return a Result.")
+        result.directory = self.directory.path
+        if self.world.is_main:
+            result.save(self.directory.path)
+        self.world.barrier()
+        return result
+
+    def _handle(self, item: Yield, index: int, names: dict[str, int], yields: list[Any]) -> Any:
+        items: list[Any] = list(item) if isinstance(item, Iterable) else [item]
+        for one in items:
+            if not isinstance(one, Stage | Later | Compute | SubRun):
+                raise UserError(f"{type(self.method).__name__}.stages yielded {one!r}, which the engine does not know.")
+            if one.name in names:
+                raise UserError(f"two yields are named {one.name!r}; names must be unique in a run.")
+            names[one.name] = index
+        signature = [
+            one.signature() if isinstance(one, Stage) else {"kind": type(one).__name__.lower(), "name": one.name}
+            for one in items
+        ]
+        if index < len(yields) and yields[index] != signature:
+            was, now = _first_difference(yields[index], signature)
+            raise UserError(
+                f"{self.directory.path}: yield {index} was {was} when this run was started and is {now} now; "
+                "resume with the code and recipe it was started with, or start a new run."
+            )
+        if index >= len(yields):
+            yields.append(signature)
+            if self.world.is_main:
+                write_text(self.directory.path / "checkpoints" / "yields.json", json.dumps(yields))
+        replies = [self._one(one) for one in items]
+        return replies if isinstance(item, Iterable) else replies[0]
+
+    def _one(self, item: Stage | Later | Compute | SubRun) -> Any:
+        match item:
+            case Later():
+                seed_generators(derive(self.seed, "build", item.name), self.world.device)
+                stage = item.build()
+                if stage.name != item.name:
+                    raise UserError(f"the builder {item.name!r} made a stage named {stage.name!r}; they must be equal.")
+                return self._train(stage)
+            case Stage():
+                return self._train(item)
+            case Compute():
+                return self._compute(item)
+            case SubRun():
+                return self._sub_run(item)
+
+    def _train(self, stage: Stage) -> Trained:
+        checkpoints = Checkpoints(self.directory.path / "checkpoints" / stage.name, self.listener.say)
+        self._fit = Fit(stage, self, checkpoints)
+        return self._fit.train()
+
+    def _compute(self, item: Compute) -> Any:
+        if item.key is not None and self.cache:
+            home = cache_directory() / "computes" / hashlib.sha256(item.key.encode()).hexdigest()[:24]
+        else:
+            home = self.directory.path / "checkpoints" / item.name
+        home.mkdir(parents=True, exist_ok=True)
+        if self.world.is_main:
+            with FileLock(home / ".lock"):
+                if not self._stored(home):
+                    self.enter(item.name, 0, 1)
+                    self.place("compute")
+                    files = home / "files"
+                    files.mkdir(exist_ok=True)
+                    self.listener.stage(item.name, 1, 0)
+                    write_tree(home / "value", {"value": item.fn(files)}, base=home)
+        self.world.barrier()
+        # Also the run that computed it reads it back, so that a resumed run cannot see another value.
+        return read_tree(home / "value", base=home)["value"]
+
+    def _stored(self, home: Path) -> bool:
+        if not (home / "value").exists():
+            return False
+        try:
+            read_tree(home / "value", base=home)
+        except CorruptError as error:
+            self.listener.say(f"{home} is damaged and is computed again: {error}")
+            return False
+        return True
+
+    def _sub_run(self, item: SubRun) -> Result:
+        data = item.data if item.data is not None else item.method.data.load()
+        home = self.directory.path / "subruns" / item.name
+        if self.cache:
+            home = cache_directory() / "runs" / f"{item.method.name}-{self._key(item, data)}"
+        directory = RunDirectory(home, writes=self.world.is_main)
+        directory.lock(wait=True)
+        try:
+            nested = Run(
+                item.method,
+                directory,
+                seed=item.seed,
+                settings=self.settings.model_copy(update={"trackers": ()}),
+                world=self.world,
+                cache=self.cache,
+                data=data,
+                listener=self.listener,
+                signals=self.signals,
+            )
+            return nested.execute()
+        finally:
+            directory.release()
+
+    def _key(self, item: SubRun, data: Data) -> str:
+        parts = {
+            "method": item.method.name,
+            "fields": item.method.digest(),
+            "data": data.fingerprint,
+            "seed": item.seed,
+            "torch": torch.__version__,
+            "device": self.world.device.type,
+            "world": self.world.size,
+            "precision": self.settings.precision,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+class Ambient:
+    """The modes that hold when a method is started; a yield inside a ``with`` would carry others into the training."""
+
+    def __init__(self) -> None:
+        self.modes = self._read()
+
+    @staticmethod
+    def _read() -> dict[str, Any]:
+        return {
+            "gradients": torch.is_grad_enabled(),
+            "inference mode": torch.is_inference_mode_enabled(),
+            "autocast": torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+            "default dtype": torch.get_default_dtype(),
+            "default device": torch.get_default_device(),
+        }
+
+    def check(self) -> None:
+        """Raise when a mode has changed.
+
+        Raises:
+            UserError: names the mode.
+        """
+        for name, value in self._read().items():
+            if value != self.modes[name]:
+                raise UserError(
+                    f"the method yielded with {name} = {value} (it was {self.modes[name]}): a yield stands inside a 'with'; "
+                    "leave the block before yielding."
+                )
+
+
+def _first_difference(was: list[Any], now: list[Any]) -> tuple[str, str]:
+    for one, other in zip(was, now, strict=False):
+        for key in one.keys() | other.keys():
+            if one.get(key) != other.get(key):
+                return f"{key} {one.get(key)!r}", f"{key} {other.get(key)!r}"
+    return f"{len(was)} items", f"{len(now)} items"

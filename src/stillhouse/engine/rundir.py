@@ -1,0 +1,87 @@
+"""The run directory: one writer, a log that a resumed run continues exactly, everything in open formats."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from stillhouse.engine.storage import write_text
+from stillhouse.errors import UserError
+
+
+class RunDirectory:
+    """A directory that holds one run.
+
+    Args:
+        path: made if missing.
+        writes: False in all processes but the main one: nothing is written or locked there.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(path / ".lock")
+        self._log: Any = None
+
+    def lock(self, *, wait: bool = False) -> None:
+        """Become the one writer.
+
+        Raises:
+            UserError: another process writes here (and ``wait`` is False).
+        """
+        if not self.writes:
+            return
+        try:
+            self._lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            raise UserError(
+                f"{self.path}: another process is writing this run; wait for it or choose another --out."
+            ) from None
+        self._log = (self.path / "metrics.jsonl").open("ab")
+
+    def release(self) -> None:
+        """Give up writing."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        self._lock.release()
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row to ``metrics.jsonl``."""
+        if self._log is not None:
+            self._log.write(json.dumps(row).encode() + b"\n")
+            self._log.flush()
+
+    def flush(self) -> None:
+        """Hand the log to the disk."""
+        if self._log is not None:
+            os.fsync(self._log.fileno())
+
+    def offset(self) -> int:
+        """Length of the log in bytes."""
+        return self._log.tell() if self._log is not None else 0
+
+    def rewind(self, offset: int) -> None:
+        """Cut the log back to where a checkpoint was taken: what came after it will be logged again."""
+        if self._log is not None:
+            self._log.truncate(offset)
+            self._log.seek(0, os.SEEK_END)
+
+    def finished(self) -> bool:
+        """True when the run has ended and its result was written."""
+        return (self.path / "metrics.json").exists()
+
+    def read(self, name: str) -> Any:
+        """A JSON file of the run, or None."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file of the run, atomically."""
+        if self.writes:
+            write_text(self.path / name, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,172 @@
+"""What methods that distil a classifier into a smaller one have in common: teachers, the student's stage, the table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from stillhouse.data import Batch
+from stillhouse.engine import (
+    Compute,
+    Held,
+    Losses,
+    Modules,
+    Result,
+    Run,
+    Stages,
+    SubRun,
+    Table,
+    Update,
+    frozen,
+    measuring,
+)
+from stillhouse.errors import UserError
+from stillhouse.methods.supervised import Supervised, TrainingFields, quality
+from stillhouse.methods.teacher import TeacherSpec
+from stillhouse.metrics import agreement, latency, mean_total_variation
+from stillhouse.models import ModelSpec, count_parameters, fingerprint, logits
+
+
+class TeacherOutputs(nn.Module):
+    """A teacher's logits on every training sample, by the sample's index.
+
+    Args:
+        logits: (samples, classes).
+    """
+
+    logits: Tensor
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("logits", logits)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Logits of the samples at ``index``."""
+        return self.logits[index]
+
+
+class KnowledgeDistillation(TrainingFields):
+    """Base of methods that train a student against a frozen teacher; a subclass is its fields and its ``loss``."""
+
+    couples: ClassVar[bool] = False
+    """Whether the loss couples the samples of a batch."""
+
+    teacher: TeacherSpec | tuple[TeacherSpec, ...] = Field(
+        "cnn", description="the teacher, or several whose losses are averaged", validate_default=True
+    )
+    student: ModelSpec = Field("cnn", description="the student", validate_default=True)
+    cache_teacher: bool = Field(False, description="compute the teacher's outputs once and reuse them in every run")
+    compare_alone: bool = Field(True, description="also train the student without a teacher, for the table")
+
+    def loss(self, m: Modules, batch: Batch, run: Run) -> Losses:
+        """Named, unweighted terms."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss.")
+
+    def teacher_logits(self, m: Modules, batch: Batch) -> list[Tensor]:
+        """Logits of each teacher, without a graph: computed, or looked up."""
+        found = []
+        for name in (name for name in m if name.startswith("teacher")):
+            module = m[name]
+            found.append(module(batch.index) if isinstance(module, TeacherOutputs) else logits(module, batch).detach())
+        return found
+
+    def over_teachers(self, m: Modules, batch: Batch, term: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean of a term over the teachers' logits."""
+        return torch.stack([term(teacher) for teacher in self.teacher_logits(m, batch)]).mean(0)
+
+    def stages(self, run: Run) -> Stages:
+        """Teachers, then the student, then what the table needs."""
+        facts = run.data.facts
+        teachers: dict[str, nn.Module] = {}
+        specs = self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
+        for i, spec in enumerate(specs):
+            name = "teacher" if len(specs) == 1 else f"teacher-{i}"
+            teachers[name] = yield from spec.ready(run, name)
+        student = self.student.build(facts)
+        held: dict[str, nn.Module | Held] = {"student": student}
+        for name, teacher in teachers.items():
+            held[name] = frozen((yield from self._outputs(run, name, teacher)) if self.cache_teacher else teacher)
+        before = {name: fingerprint(teacher) for name, teacher in teachers.items()}
+        update = Update(self.loss, trains={"student": self.optimizer}, couples=self.couples)
+        trained = yield self.training_stage(run, "student", held, update, trained="student")
+
+        models = {**teachers, "student": student}
+        if self.compare_alone:
+            alone = yield SubRun("student-alone", self._alone(), seed=run.seed, data=run.data)
+            models["student-alone"] = alone.model
+        measured = yield Compute("comparison", lambda _: compare(models, list(teachers), run))
+        notes = [f"{name} has fingerprint {print_}" for name, print_ in before.items()]
+        return Result(
+            artefacts={"student": student},
+            metrics={**trained.best, **measured["metrics"]},
+            tables=[Table("Comparison", measured["columns"], measured["rows"])],
+            notes=notes + measured["notes"],
+        )
+
+    def _alone(self) -> Supervised:
+        shared = {name: getattr(self, name) for name in TrainingFields.model_fields}
+        return Supervised(model=self.student, **shared)
+
+    def _outputs(self, run: Run, name: str, teacher: nn.Module) -> Generator[Compute, Any, TeacherOutputs]:
+        if self.augment.kind != "none":
+            raise UserError(
+                f"cache_teacher: the outputs can be computed once only for fixed inputs, but augment is "
+                f"{self.augment.kind!r}; set augment=none or cache_teacher=false."
+            )
+        key = json.dumps(["logits", 1, fingerprint(teacher), run.data.fingerprint, "train", torch.__version__])
+
+        def compute(_: Path) -> dict[str, Tensor]:
+            teacher.to(run.world.device)
+            with measuring(teacher):
+                batches = run.data.split("train").in_order(512, device=run.world.device)
+                return {"logits": torch.cat([logits(teacher, batch).cpu() for batch in batches])}
+
+        stored = yield Compute(f"{name}-outputs", compute, key=key)
+        return TeacherOutputs(stored["logits"])
+
+
+def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict[str, Any]:
+    """Test quality, size and CPU latency of each model, and how well students agree with the first teacher."""
+    split = run.data.split("test" if "test" in run.data.splits else "validation")
+    main = "mse" if run.data.facts.task == "regression" else "accuracy"
+    example = {k: v[:1].cpu() for k, v in split.batch([0]).inputs.items()}
+    rows, metrics = [], {}
+    for name, model in models.items():
+        model.to(run.world.device)
+        numbers = quality(model, split, run)
+        metrics.update({f"test/{name}/{k}": v for k, v in numbers.items()})
+        metrics[f"parameters/{name}"] = float(count_parameters(model))
+        if name not in teachers and main == "accuracy":
+            metrics.update(
+                {f"test/{name}/{k}": v for k, v in _agreement(model, models[teachers[0]], split, run).items()}
+            )
+        device = run.world.device
+        seconds = latency(lambda batch, model=model: logits(model.cpu(), batch), Batch(example))
+        model.to(device)
+        rows.append([name, numbers[main], count_parameters(model), round(1e3 * seconds, 4)])
+    metrics[f"test/{main}"] = metrics[f"test/student/{main}"]
+    notes = []
+    if main == "accuracy" and metrics[f"test/{teachers[0]}/accuracy"] < metrics[f"test/student/{main}"]:
+        notes.append("the teacher is worse than the student on this data: try a better teacher.")
+    if "student-alone" in models and main == "accuracy":
+        gain = metrics["test/student/accuracy"] - metrics["test/student-alone/accuracy"]
+        notes.append(f"distillation changed the student's test accuracy by {100 * gain:+.2f} points.")
+    columns = ["model", f"test {main}", "parameters", "CPU latency (ms, one sample)"]
+    return {"metrics": metrics, "columns": columns, "rows": rows, "notes": notes}
+
+
+def _agreement(student: nn.Module, teacher: nn.Module, split: Any, run: Run) -> dict[str, float]:
+    with measuring(student, teacher):
+        batches = list(split.in_order(512, device=run.world.device))
+        ours = torch.cat([logits(student, batch) for batch in batches])
+        theirs = torch.cat([logits(teacher, batch) for batch in batches])
+    return {
+        "agreement": float(agreement(ours, theirs)),
+        "mean_total_variation": float(mean_total_variation(ours, theirs)),
+    }

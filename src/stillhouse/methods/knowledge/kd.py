@@ -1,0 +1,44 @@
+"""Knowledge distillation of Hinton, Vinyals and Dean (arXiv 1503.02531), with a choice of divergences."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from stillhouse import losses
+from stillhouse.data import Batch
+from stillhouse.engine import Losses, Modules, Paper, Run, Weight
+from stillhouse.methods.distillation import KnowledgeDistillation
+from stillhouse.methods.supervised import hard_loss
+from stillhouse.models import logits
+
+
+class KD(KnowledgeDistillation):
+    """Match the teacher's softened predictions beside the labels.
+
+    The soft term is ``T^2 KL(softmax(t / T) || softmax(s / T))`` (section 2): its gradient keeps its size when T changes.
+    Other divergences take its place by name.
+    """
+
+    name: ClassVar[str] = "kd"
+    family: ClassVar[str] = "knowledge"
+    classic: ClassVar[bool] = True
+    paper: ClassVar[Paper] = Paper("Distilling the Knowledge in a Neural Network", 2015, arxiv="1503.02531")
+    summary: ClassVar[str] = "a smaller classifier from a larger one through softened predictions"
+    verified: ClassVar[Literal["official", "reference", "formula"]] = "reference"
+
+    temperature: float = Field(4.0, gt=0, description="softmax temperature of both sides in the soft term")
+    divergence: Literal["kl", "reverse_kl", "js", "tv"] = Field("kl", description="what compares the two predictions")
+    weight_ce: Weight = Field(0.1, description="weight of the cross-entropy with the labels")
+    weight_soft: Weight = Field(0.9, description="weight of the divergence from the teacher")
+
+    def loss(self, m: Modules, batch: Batch, run: Run) -> Losses:
+        """Cross-entropy with the labels and the divergence from the teacher."""
+        student = logits(m.student, batch)
+        divergence = losses.DIVERGENCES[self.divergence]
+
+        return {
+            "ce": lambda: hard_loss(student, batch, run),
+            "soft": lambda: self.over_teachers(m, batch, lambda teacher: divergence(student, teacher, self.temperature)),
+        }

@@ -1,0 +1,46 @@
+"""Models: specs that build them, one way to call any of them, taps, and weights on disk."""
+
+from stillhouse.models.calling import as_logits, forward, logits
+from stillhouse.models.convnet import CNN, CNNSpec, ConvNet, ConvNetSpec
+from stillhouse.models.hub import HubSpec
+from stillhouse.models.mlp import MLP, MLPSpec
+from stillhouse.models.resnet import ImageNetResNetSpec, ResNet, ResNetSpec, WideResNet, WideResNetSpec
+from stillhouse.models.sources import FileSpec, ImportSpec, ObjectSpec
+from stillhouse.models.spec import ModelSpec
+from stillhouse.models.storage import load, load_weights, save
+from stillhouse.models.taps import Taps, resolve_paths
+from stillhouse.models.vit import ViT, ViTSpec
+from stillhouse.models.weights import count_parameters, fingerprint, freeze, initialise
+
+__all__ = [
+    "CNN",
+    "MLP",
+    "CNNSpec",
+    "ConvNet",
+    "ConvNetSpec",
+    "FileSpec",
+    "HubSpec",
+    "ImageNetResNetSpec",
+    "ImportSpec",
+    "MLPSpec",
+    "ModelSpec",
+    "ObjectSpec",
+    "ResNet",
+    "ResNetSpec",
+    "Taps",
+    "ViT",
+    "ViTSpec",
+    "WideResNet",
+    "WideResNetSpec",
+    "as_logits",
+    "count_parameters",
+    "fingerprint",
+    "forward",
+    "freeze",
+    "initialise",
+    "load",
+    "load_weights",
+    "logits",
+    "resolve_paths",
+    "save",
+]

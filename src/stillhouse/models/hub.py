@@ -1,0 +1,198 @@
+"""Models of transformers: pretrained from a hub id or a directory, or with random weights from a config."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import model_validator
+from safetensors import SafetensorError
+from torch import nn
+
+from stillhouse.errors import UserError, nearest
+from stillhouse.facts import Facts
+from stillhouse.models.spec import ModelSpec, sentence
+
+HubTask = Literal["auto", "classification", "token-classification", "masked-lm", "causal-lm", "seq2seq", "base"]
+
+_AUTO_CLASSES: dict[str, str] = {
+    "token-classification": "AutoModelForTokenClassification",
+    "masked-lm": "AutoModelForMaskedLM",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "base": "AutoModel",
+}
+
+# Arguments of from_pretrained and from_config that are not fields of a config.
+_LOADING = ("attn_implementation", "device_map", "experts_implementation", "quantization_config", "subfolder", "token")
+
+
+class HubSpec(ModelSpec):
+    """A model of transformers; text form ``hf:owner/name`` or ``hf:./directory``.
+
+    Give either ``name`` (pretrained weights) or ``config`` (random weights).
+    """
+
+    kind = "hf"
+
+    name: str | None = None
+    """Hub id ('owner/name') or local directory of pretrained weights."""
+    config: dict[str, Any] | str | None = None
+    """For random weights: a mapping with 'model_type', or a path to a config.json (or a directory with one)."""
+    task: HubTask = "auto"
+    """Which head. 'auto': as the data's task (classes: 'classification'; language: 'seq2seq' for encoder-decoders, else
+    'causal-lm'; no labels: 'base')."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Data type of the weights; 'auto' takes the stored one."""
+    trust_remote_code: bool = False
+    """Run Python code that the repository brings along."""
+    overrides: dict[str, Any] = {}
+    """Fields of the config to change, and 'attn_implementation', 'quantization_config' and other loading arguments."""
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        if not text:
+            raise ValueError("'hf' needs a model, as in 'hf:owner/name'")
+        return cls(name=text)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.name is None) == (self.config is None):
+            raise ValueError("give either 'name' (pretrained weights) or 'config' (random weights)")
+        if isinstance(self.config, dict) and "model_type" not in self.config:
+            raise ValueError("'config' needs 'model_type', such as 'bert'")
+        return self
+
+    def build(self, facts: Facts) -> nn.Module:
+        library = transformers()
+        loading = {key: value for key, value in self.overrides.items() if key in _LOADING}
+        if self.trust_remote_code:
+            loading["trust_remote_code"] = True
+        source = self._source()
+        try:
+            config = self._config(library, source)
+            auto = getattr(library, self._auto_class(config, facts))
+            resized = "Classification" in auto.__name__ and _fit_head(config, facts)
+            if self.config is not None:
+                loading.pop("device_map", None)
+                module = auto.from_config(config, **loading)
+                if self.dtype != "auto":
+                    module = module.to(getattr(torch, self.dtype))
+            else:
+                dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
+                module = auto.from_pretrained(
+                    source,
+                    config=config,
+                    revision=self.revision,
+                    dtype=dtype,
+                    ignore_mismatched_sizes=resized,
+                    **loading,
+                )
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+            raise UserError(f"The model {self._shown()} could not be made: {reason}.") from error
+        built: nn.Module = module.train()
+        return built
+
+    def _shown(self) -> str:
+        if self.name is not None:
+            return repr(f"hf:{self.name}")
+        return f"of the config {self.config!r}" if isinstance(self.config, str) else "of the given config"
+
+    def _source(self) -> str | None:
+        if self.name is None:
+            return None
+        looks_local = self.name.startswith((".", "/", "~"))
+        path = Path(self.name).expanduser()
+        if looks_local and not path.is_dir():
+            raise UserError(f"There is no model directory {self.name!r}; give a directory that exists or a hub id.")
+        return str(path) if path.is_dir() else self.name
+
+    def _config(self, library: Any, source: str | None) -> Any:
+        """The config with the overrides in it."""
+        changes = {key: value for key, value in self.overrides.items() if key not in _LOADING}
+        if isinstance(self.config, dict):
+            fields = dict(self.config)
+            config = library.AutoConfig.for_model(fields.pop("model_type"), **fields)
+            reference = type(config)()
+            _known(fields, reference)
+        else:
+            where = source
+            if self.config is not None:
+                path = Path(self.config).expanduser()
+                path = path / "config.json" if path.is_dir() else path
+                if not path.is_file():
+                    raise UserError(f"There is no config file {self.config!r}; give a path to a config.json.")
+                if "model_type" not in json.loads(path.read_text(encoding="utf-8")):
+                    raise UserError(
+                        f"The config file {self.config!r} has no 'model_type'; it is not one of transformers."
+                    )
+                where = str(path.parent) if path.name == "config.json" else str(path)
+            config = library.AutoConfig.from_pretrained(
+                where, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        _known(changes, config)
+        for key, value in changes.items():
+            setattr(config, key, value)
+        return config
+
+    def _auto_class(self, config: Any, facts: Facts) -> str:
+        task = self.task
+        if task == "auto":
+            if facts.task == "language":
+                task = "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal-lm"
+            else:
+                task = "base" if facts.task == "unlabelled" else "classification"
+        if task != "classification":
+            return _AUTO_CLASSES[task]
+        if "pixel_values" in facts.inputs:
+            return "AutoModelForImageClassification"
+        if "input_values" in facts.inputs or "input_features" in facts.inputs:
+            return "AutoModelForAudioClassification"
+        return "AutoModelForSequenceClassification"
+
+
+def _fit_head(config: Any, facts: Facts) -> bool:
+    """Set the number of labels from the facts; whether the stored head (if any) had another size."""
+    count = facts.num_classes
+    if facts.task == "regression":
+        config.problem_type = "regression"
+        count = count or 1
+    if count is None or config.num_labels == count:
+        return False
+    config.num_labels = count
+    if len(facts.class_names) == count:
+        config.id2label = dict(enumerate(facts.class_names))
+        config.label2id = {name: index for index, name in enumerate(facts.class_names)}
+    return True
+
+
+def _known(fields: dict[str, Any], config: Any) -> None:
+    for key in fields:
+        if not hasattr(config, key):
+            known = [name for name in vars(config) if not name.startswith("_")]
+            raise UserError(sentence(f"A config of {config.model_type!r} has no field {key!r}; {nearest(key, known)}"))
+
+
+def transformers() -> Any:
+    """The transformers library, imported when first needed."""
+    return _optional("transformers", "language")
+
+
+def diffusers() -> Any:
+    """The diffusers library, imported when first needed."""
+    return _optional("diffusers", "generators")
+
+
+def _optional(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise UserError(f"This model needs {name}; install it with: pip install 'stillhouse[{extra}]'.") from None

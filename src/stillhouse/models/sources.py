@@ -1,0 +1,156 @@
+"""Models of one's own: by import path, from a file, or as a Python object."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from typing import Any, Self
+
+from pydantic import Field, PrivateAttr, field_serializer, model_validator
+from torch import nn
+
+from stillhouse.errors import UserError, nearest
+from stillhouse.facts import Facts
+from stillhouse.models import storage
+from stillhouse.models.spec import ModelSpec, sentence
+from stillhouse.models.weights import fingerprint
+
+
+class ImportSpec(ModelSpec):
+    """A class or function of one's own that makes the module; text form ``pkg.mod:Name``.
+
+    It is called with ``arguments``, and with ``facts`` if it has a parameter of that name.
+    """
+
+    kind = "import"
+
+    path: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+    """Where it is: 'package.module:Name'."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments."""
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        return cls(path=text)
+
+    def build(self, facts: Facts) -> nn.Module:
+        factory = self._factory()
+        try:
+            parameters = inspect.signature(factory).parameters
+        except ValueError:  # a builtin without a signature
+            parameters = {}
+        arguments = dict(self.arguments)
+        if "facts" in parameters:
+            arguments.setdefault("facts", facts)
+        for name, parameter in parameters.items():
+            variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if parameter.default is parameter.empty and not variadic and name not in arguments:
+                raise UserError(f"{self.path!r} requires {name!r}; give it in 'arguments' of the model.")
+        if parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            for name in arguments:
+                if name not in parameters:
+                    raise UserError(sentence(f"{self.path!r} takes no argument {name!r}; {nearest(name, parameters)}"))
+        module = factory(**arguments)
+        if not isinstance(module, nn.Module):
+            raise UserError(f"{self.path!r} made a {type(module).__name__}, not a torch.nn.Module.")
+        return module.train()
+
+    def _factory(self) -> Any:
+        module_name, _, qualified = self.path.partition(":")
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            where = (
+                "it is not installed nor on the Python path" if module_name.startswith(f"{error.name}") else str(error)
+            )
+            raise UserError(f"The model {self.path!r} cannot be imported: {where}.") from error
+        for name in qualified.split("."):
+            if not hasattr(found, name):
+                known = [key for key in vars(found) if not key.startswith("_")]
+                raise UserError(sentence(f"{self.path!r}: {found.__name__!r} has no {name!r}; {nearest(name, known)}"))
+            found = getattr(found, name)
+        if isinstance(found, nn.Module):
+            raise UserError(f"{self.path!r} is a module already made; name the class or function that makes it.")
+        if not callable(found):
+            raise UserError(f"{self.path!r} is a {type(found).__name__}; name a class or function that makes a module.")
+        return found
+
+
+class FileSpec(ModelSpec):
+    """A model written by :func:`stillhouse.models.save`; text form ``file:path``.
+
+    It is built with the facts stored beside it, whatever the data at hand; those of the data serve where none were.
+    """
+
+    kind = "file"
+
+    path: str = Field(min_length=1)
+    """The directory, or a '.safetensors' file with its '.json' of the same name beside it."""
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        if not text:
+            raise ValueError("'file' needs a path, as in 'file:runs/teacher/model'")
+        return cls(path=text)
+
+    def build(self, facts: Facts) -> nn.Module:
+        return storage.load(self.path, facts)
+
+
+class ObjectSpec(ModelSpec):
+    """A module given in Python.
+
+    Each :meth:`build` returns a copy, so that a second run, a resumed run or a run under another seed starts from the
+    weights that were given; ``copy_on_build: false`` hands out the object itself (a large frozen teacher).
+    """
+
+    kind = "object"
+
+    object: nn.Module
+    """The module."""
+    copy_on_build: bool = True
+    """Whether each build returns a copy."""
+
+    _fingerprint: str = PrivateAttr("")
+
+    @classmethod
+    def from_object(cls, value: Any) -> Self:
+        if isinstance(value, type) and issubclass(value, nn.Module):
+            raise ValueError(f"a model is a module, not the class {value.__name__}; call it, or write 'pkg.mod:Name'")
+        if not isinstance(value, nn.Module):
+            raise ValueError(
+                f"a model is text, a mapping with 'kind', or a torch.nn.Module, not a {type(value).__name__}"
+            )
+        return cls(object=value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _passed_again(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and isinstance(fields.get("object"), str):
+            raise ValueError(
+                f"the model is the Python object {fields['object']!r}, and a recipe with it runs only with the object "
+                f"passed again"
+            )
+        return fields
+
+    def model_post_init(self, context: Any) -> None:
+        self._fingerprint = fingerprint(self.object)
+
+    @field_serializer("object")
+    def _name(self, value: nn.Module) -> str:
+        return f"{type(value).__module__}.{type(value).__qualname__}"
+
+    def dump(self) -> dict[str, Any]:
+        return {"kind": self.kind, "object": self._name(self.object), "fingerprint": self._fingerprint}
+
+    def build(self, facts: Facts) -> nn.Module:
+        if not self.copy_on_build:
+            return self.object
+        try:
+            return copy.deepcopy(self.object)
+        except (RuntimeError, TypeError) as error:
+            raise UserError(
+                f"The module {self._name(self.object)!r} cannot be copied ({error}); give "
+                f"{{'kind': 'object', 'object': module, 'copy_on_build': False}} or an import path."
+            ) from error

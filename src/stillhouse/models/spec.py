@@ -1,0 +1,111 @@
+"""The family of model specs, and what its members read from the facts about the data."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import nn
+
+from stillhouse.errors import UserError
+from stillhouse.facts import Facts
+from stillhouse.spec import Tagged
+
+Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid", "identity"]
+Norm = Literal["instance", "batch", "group", "layer", "none"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "identity": nn.Identity,
+}
+
+
+class ModelSpec(Tagged):
+    """A model, as text (``resnet:20``, ``hf:owner/name``, ``pkg.mod:Name``), a mapping with ``kind``, or a module."""
+
+    noun = "model"
+
+    def build(self, facts: Facts) -> nn.Module:
+        """A module in training mode for data with these facts; random weights draw from torch's global generator.
+
+        Raises:
+            UserError: the data does not fit the model, or what the spec names cannot be had.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is built.")
+
+
+class NetworkSpec(ModelSpec):
+    """Base of the networks that come with stillhouse: inputs and outputs are sized by the facts."""
+
+    num_outputs: int | None = Field(default=None, ge=0)
+    """Size of the output. None: the number of classes (1 for regression); 0: no classifier, the features come out."""
+
+    def outputs(self, facts: Facts) -> int:
+        """Size of the output layer for this data; 0 for none."""
+        if self.num_outputs is not None:
+            return self.num_outputs
+        if facts.num_classes is not None:
+            return facts.num_classes
+        if facts.task == "regression":
+            return 1
+        raise UserError(
+            f"The model {self.kind!r} cannot size its output: the data has no classes; set 'num_outputs' (0 gives the features)."
+        )
+
+    def image(self, facts: Facts) -> tuple[int, int, int]:
+        """Shape (channels, height, width) of the images in this data."""
+        shape = facts.inputs.get("pixel_values", facts.input_shape)
+        if len(shape) != 3:
+            raise UserError(
+                f"The model {self.kind!r} takes images (channels, height, width), not inputs of shape {tuple(shape)}; use 'mlp' for vectors."
+            )
+        channels, height, width = shape
+        return channels, height, width
+
+
+def activation(name: Activation) -> nn.Module:
+    """A new activation module by its name."""
+    return _ACTIVATIONS[name]()
+
+
+def normalization(name: Norm, channels: int, height: int, width: int) -> nn.Module:
+    """A new affine normalization of ``channels x height x width`` maps.
+
+    ``instance`` is a group per channel (no running statistics), ``group`` four groups, and ``layer`` normalizes the
+    whole map with one affine pair per element, as in the dataset-distillation literature.
+    """
+    match name:
+        case "instance":
+            return nn.GroupNorm(channels, channels)
+        case "batch":
+            return nn.BatchNorm2d(channels)
+        case "group":
+            return nn.GroupNorm(4, channels)
+        case "layer":
+            return nn.LayerNorm([channels, height, width])
+        case "none":
+            return nn.Identity()
+
+
+def classifier(features: int, outputs: int) -> nn.Module:
+    """The linear layer on top of the features, or nothing for ``outputs == 0``."""
+    return nn.Linear(features, outputs) if outputs else nn.Identity()
+
+
+def numbers(text: str, example: str) -> list[int]:
+    """The whole numbers that ``text`` joins with hyphens; ``example`` is shown to whoever wrote something else."""
+    parts = text.split("-")
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{text!r} is not whole numbers joined by '-'; write it as in {example!r}")
+    return [int(part) for part in parts]
+
+
+def sentence(text: str) -> str:
+    """``text`` with a full stop, unless it asks what was meant."""
+    return text if text.endswith("?") else f"{text}."

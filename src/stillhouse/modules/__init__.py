@@ -1,0 +1,1 @@
+"""Trainable parts that methods share: quantisers, heads, masks, noise schedules and their like."""
