@@ -150,6 +150,14 @@ def test_explicitness_sees_exclusive_or_in_no_single_latent():
     assert scores.explicitness == pytest.approx(0.5, abs=1e-3)  # s0 = z0 xor z1 is not linear in them
 
 
+def test_information_that_is_only_rounding_does_not_count():
+    """A latent independent of every source, in counts for which scikit-learn's estimate is 4e-16 and not 0."""
+    pairs = grid(2, 2).repeat([64, 64, 56, 56], axis=0)
+    assert 0 < mutual_info_score(pairs[:, 0], pairs[:, 1]) < 1e-15
+    with pytest.warns(UserWarning, match="InfoM leaves out 1 of 2 active latents"):
+        info_mec(pairs[:, [0, 0]], pairs, discrete=True)
+
+
 def test_constant_source_is_left_out_with_a_warning(sources):
     constant = np.concatenate([sources, np.full((len(sources), 1), 3)], axis=1)
     with pytest.warns(UserWarning, match="never change are left out: 3"):

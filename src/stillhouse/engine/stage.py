@@ -292,39 +292,49 @@ class Trained:
 
 
 def resolve(pattern: str | tuple[str, ...], modules: Mapping[str, nn.Module | Held]) -> list[tuple[str, nn.Parameter]]:
-    """The (path, parameter) pairs that a pattern of :class:`Update` names.
+    """The (path, parameter) pairs that a pattern of :class:`Update` names; ``!pattern`` in a tuple takes some away.
 
     Raises:
         UserError: it names no module, a held one, or no parameter.
     """
-    found: list[tuple[str, nn.Parameter]] = []
+    found: dict[str, nn.Parameter] = {}
     for part in (pattern,) if isinstance(pattern, str) else pattern:
-        name, glob, prefix = part, None, None
-        if ":" in part:
-            name, glob = part.split(":", 1)
-        elif "." in part:
-            name, prefix = part.split(".", 1)
-        if name not in modules:
-            raise UserError(
-                f"trains: {part!r} names the module {name!r}, which is not there; {nearest(name, modules)}."
-            )
-        module = modules[name]
-        if isinstance(module, Held):
-            raise UserError(f"trains: {part!r} names the module {name!r}, which is {module.mode} in this stage.")
-        paths = [path for path, _ in module.named_parameters()]
-        chosen = [
-            (f"{name}.{path}", parameter)
-            for path, parameter in module.named_parameters()
-            if parameter.requires_grad
-            and (glob is None or fnmatch.fnmatchcase(path, glob))
-            and (prefix is None or path == prefix or path.startswith(prefix + "."))
-        ]
-        if not chosen:
-            raise UserError(
-                f"trains: the pattern {part!r} matches no trainable parameter of {name!r}; {nearest(part, paths[:12])}."
-            )
-        found += chosen
-    return found
+        matched = _matched(part.removeprefix("!"), modules)
+        if part.startswith("!"):
+            found = {path: parameter for path, parameter in found.items() if path not in matched}
+        else:
+            found |= matched
+    if not found:
+        raise UserError(f"trains: the patterns {pattern!r} take away every parameter that they match.")
+    return list(found.items())
+
+
+def _matched(pattern: str, modules: Mapping[str, nn.Module | Held]) -> dict[str, nn.Parameter]:
+    name, glob, prefix = pattern, None, None
+    if ":" in pattern:
+        name, glob = pattern.split(":", 1)
+    elif "." in pattern:
+        name, prefix = pattern.split(".", 1)
+    if name not in modules:
+        raise UserError(
+            f"trains: {pattern!r} names the module {name!r}, which is not there; {nearest(name, modules)}."
+        )
+    module = modules[name]
+    if isinstance(module, Held):
+        raise UserError(f"trains: {pattern!r} names the module {name!r}, which is {module.mode} in this stage.")
+    matched = {
+        f"{name}.{path}": parameter
+        for path, parameter in module.named_parameters()
+        if parameter.requires_grad
+        and (glob is None or fnmatch.fnmatchcase(path, glob))
+        and (prefix is None or path == prefix or path.startswith(prefix + "."))
+    }
+    if not matched:
+        paths = [path for path, _ in module.named_parameters()][:12]
+        raise UserError(
+            f"trains: the pattern {pattern!r} matches no trainable parameter of {name!r}; {nearest(pattern, paths)}."
+        )
+    return matched
 
 
 def _check_name(name: str) -> None:

@@ -19,7 +19,7 @@ from stillhouse.errors import UserError
 
 # Elements of the temporary that holds differences of pairs: on a CPU it should stay in the second-level cache, on an
 # accelerator it should be large enough to fill the device and small beside a model.
-_CPU_BUFFER = 2**18
+_CPU_BUFFER = 2**17
 _ACCELERATOR_BUFFER = 2**26
 
 # Rounds of scaling between two looks at the tolerance, when one is given.
@@ -89,17 +89,23 @@ class _PairwiseL1(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_cost: Tensor) -> tuple[Tensor, None, None]:
         student, teacher = ctx.saved_tensors
-        chunk = ctx.chunk
-        if chunk is None and student.device.type != "cpu":
-            chunk = max(1, _ACCELERATOR_BUFFER // max(1, grad_cost.numel()))
+        chunk, classes = ctx.chunk, student.shape[1]
+        if chunk is None:
+            buffered = student.device.type != "cpu"
+            chunk = max(1, _ACCELERATOR_BUFFER // max(1, grad_cost.numel())) if buffered else classes
         grad_cost = grad_cost.contiguous()
+        if chunk >= classes:
+            return _l1_gradient(student, teacher, grad_cost), None, None
         grad = torch.empty_like(student)
         for rows, columns, out in zip(*(_by_class(t, chunk) for t in (student, teacher, grad)), strict=True):
-            # sum_j grad_cost[i, j] sign(p_ik - q_jk); for p = 1 the distances (last argument) are not used
-            out.copy_(
-                torch.ops.aten._cdist_backward(grad_cost, rows.contiguous(), columns.contiguous(), 1.0, grad_cost)
-            )
+            out.copy_(_l1_gradient(rows, columns, grad_cost))
         return grad, None, None
+
+
+def _l1_gradient(student: Tensor, teacher: Tensor, grad_cost: Tensor) -> Tensor:
+    """``sum_j grad_cost_ij sign(p_ik - q_jk)``; for p = 1 the distances, the last argument, are not read."""
+    grad: Tensor = torch.ops.aten._cdist_backward(grad_cost, student.contiguous(), teacher.contiguous(), 1.0, grad_cost)
+    return grad
 
 
 def _by_class(tensor: Tensor, chunk: int | None) -> tuple[Tensor, ...]:
@@ -159,7 +165,10 @@ def sinkhorn(
     if order == "columns_first":
         cost, rows, columns = cost.t(), columns, rows
     even = row_marginal is None and column_marginal is None
-    spread = float(cost.detach().max() - cost.detach().min()) if cost.device.type == "cpu" and even else None
+    spread = None
+    if even and cost.device.type == "cpu":
+        lowest, highest = cost.detach().aminmax()
+        spread = float(highest) - float(lowest)
     interval = _rounds_between_absorptions(cost, epsilon, even=even, spread=spread)
     plan: Tensor = _Scaling.apply(cost, rows, columns, epsilon, num_iterations, interval, tolerance)  # type: ignore[no-untyped-call]
     return plan.t() if order == "columns_first" else plan
@@ -185,34 +194,42 @@ class _Scaling(torch.autograd.Function):
         interval: int | None,
         tolerance: float | None,
     ) -> Tensor:
+        bounded = interval is None
         if interval is None:
             interval = num_iterations if tolerance is None else _CHECK
         with torch.autocast(cost.device.type, enabled=False):
-            log_kernel = cost / -epsilon
-            f = rows.log() - log_kernel.logsumexp(1)
-            log_kernel_f = log_kernel + f[:, None]
-            g = columns.log() - log_kernel_f.logsumexp(0)
-            # a softmax and not exp(... + g): its columns sum to one to the last bits
-            plan = kernel = log_kernel_f.softmax(0).mul_(columns)
-            u, v = torch.ones_like(rows), torch.ones_like(columns)
-            us, vs = cost.new_empty(num_iterations - 1, len(rows)), cost.new_empty(num_iterations - 1, len(columns))
-            blocks: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-            for start in range(0, num_iterations - 1, interval):
+            log_kernel = _log_kernel(cost, epsilon)
+            if bounded:
+                f, g = torch.zeros_like(rows), torch.zeros_like(columns)
+                plan = kernel = log_kernel.exp()
+            else:
+                # The first round may divide by sums that vanish: log domain. Its last step is a softmax and not
+                # exp(... + g), so that its columns sum to one to the last bits.
+                f = rows.log() - log_kernel.logsumexp(1)
+                log_kernel_f = log_kernel + f[:, None]
+                g = columns.log() - log_kernel_f.logsumexp(0)
+                plan = kernel = log_kernel_f.softmax(0).mul_(columns)
+            plain = num_iterations if bounded else num_iterations - 1
+            saved = [f, kernel]
+            us: Tensor
+            vs: Tensor
+            for start in range(0, plain, interval):
                 if start:
-                    f, g = f + u.log(), g + v.log()
+                    f, g = f + us[-1].log(), g + vs[-1].log()
                     kernel = _absorb(log_kernel, f, g)
-                u_block, v_block = us[start : start + interval], vs[start : start + interval]
-                transposed, v = kernel.t(), torch.ones_like(columns)
-                for u, v_next in zip(u_block.unbind(), v_block.unbind(), strict=True):
+                length = min(interval, plain - start)
+                us, vs = cost.new_empty(length, len(rows)), cost.new_ones(length + 1, len(columns))
+                saved += [f, g, us, vs]
+                transposed, (v, *vs_next) = kernel.t(), vs.unbind()
+                for u, v_next in zip(us.unbind(), vs_next, strict=True):
                     torch.div(rows, torch.mv(kernel, v, out=u), out=u)
                     v = torch.div(columns, torch.mv(transposed, u, out=v_next), out=v_next)
-                blocks.append((f, g, u_block, v_block))
                 if tolerance is not None and bool((u * torch.mv(kernel, v) - rows).abs().max() <= tolerance):
                     break
-            if blocks:
-                plan = (kernel * u[:, None]).mul_(v)
-        ctx.save_for_backward(cost, rows, columns, plan)
-        ctx.epsilon, ctx.blocks, ctx.f = epsilon, blocks, blocks[0][0] if blocks else f
+            if plain:
+                plan = (kernel * us[-1][:, None]).mul_(vs[-1])
+        ctx.save_for_backward(cost, rows, columns, plan, *saved)
+        ctx.epsilon, ctx.bounded = epsilon, bounded
         return plan
 
     @staticmethod
@@ -221,16 +238,16 @@ class _Scaling(torch.autograd.Function):
         # With L = -W/eps and P the plan after a half-round, f_i = log a_i - log sum_j exp(L_ij + g_j) has the
         # derivative df_i = -sum_j P_ij (dL_ij + dg_j) / a_i, and likewise for g: the chain runs back through two
         # matrix-vector products a round, and a block's part of the gradient of L is one matrix product.
-        cost, rows, columns, plan = ctx.saved_tensors
+        cost, rows, columns, plan, first_f, kernel, *saved = ctx.saved_tensors
+        first_kernel = kernel
         with torch.autocast(cost.device.type, enabled=False):
-            log_kernel = cost / -ctx.epsilon
             grad = grad_plan * plan
             grad_f, grad_g = grad.sum(1), grad.sum(0)
-            kernel = plan
-            for f, g, us, vs in reversed(ctx.blocks):
-                kernel = _absorb(log_kernel, f, g)
+            for block in reversed(range(0, len(saved), 4)):
+                f, g, us, vs = saved[block : block + 4]
+                kernel = _absorb(_log_kernel(cost, ctx.epsilon), f, g) if block else first_kernel
                 transposed = kernel.t()
-                xs, ys = torch.empty_like(us), torch.empty_like(vs)
+                xs, ys = torch.empty_like(us), torch.empty_like(vs[1:])
                 x, y = xs.unbind(), ys.unbind()
                 through_rows, through_columns = (us.square() / -rows).unbind(), (vs.square() / -columns).unbind()
                 torch.mul(vs[-1] / columns, grad_g, out=y[-1])
@@ -239,15 +256,20 @@ class _Scaling(torch.autograd.Function):
                     if t == len(x) - 1:
                         x[t].addcmul_(us[t] / rows, grad_f)
                     if t:
-                        torch.mv(transposed, x[t], out=y[t - 1]).mul_(through_columns[t - 1])
+                        torch.mv(transposed, x[t], out=y[t - 1]).mul_(through_columns[t])
                 grad_f, grad_g = torch.zeros_like(grad_f), -torch.mv(transposed, x[0])
-                before = torch.cat([torch.ones_like(vs[:1]), vs[:-1]])
-                grad.addcmul_(kernel, torch.cat([us, xs]).t() @ torch.cat([ys, before]), value=-1)
-            y0 = grad_g / columns
-            x0 = (grad_f - torch.mv(kernel, y0)) / rows
-            grad.addcmul_(kernel, y0, value=-1)
-            grad.addcmul_((log_kernel + ctx.f[:, None]).exp_(), x0[:, None], value=-1)
+                grad.addcmul_(kernel, torch.cat([us, xs]).t() @ torch.cat([ys, vs[:-1]]), value=-1)
+            if not ctx.bounded:
+                y0 = grad_g / columns
+                x0 = (grad_f - torch.mv(kernel, y0)) / rows
+                grad.addcmul_(kernel, y0, value=-1)
+                grad.addcmul_(_log_kernel(cost, ctx.epsilon).add_(first_f[:, None]).exp_(), x0[:, None], value=-1)
             return grad.mul_(-1 / ctx.epsilon), None, None, None, None, None, None
+
+
+def _log_kernel(cost: Tensor, epsilon: float) -> Tensor:
+    # The plan does not change with a constant in the costs, so its derivative may ignore that the smallest is one.
+    return (cost - cost.min()).mul_(-1 / epsilon)
 
 
 def _absorb(log_kernel: Tensor, f: Tensor, g: Tensor) -> Tensor:
@@ -257,9 +279,9 @@ def _absorb(log_kernel: Tensor, f: Tensor, g: Tensor) -> Tensor:
 def _rounds_between_absorptions(cost: Tensor, epsilon: float, *, even: bool, spread: float | None) -> int | None:
     """How many plain rounds may follow an absorption; any number for ``None``. No look at the data is needed.
 
-    With a known spread of the costs (largest less smallest) R = spread/epsilon bounds the spread of either potential
-    after any round, so no absorbed entry is below exp(-3R) and no scaling, of which the backward takes the square,
-    beyond exp(2R): if those are representable nothing is ever lost.
+    With a known spread of the costs (largest less smallest) R = spread/epsilon bounds the spread of either potential in
+    any round, so no scaling, of which the backward takes the square, goes beyond exp(2R), and no absorbed entry is
+    below exp(-3R): if those are representable nothing is ever lost.
 
     Otherwise, for even marginals: after a normalisation that follows another one, every row (column) has an entry of at
     least 1/size^2 of its mass. So no half-round multiplies a row (column) by more than size^2, or divides by a sum that
