@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from stillhouse.distil import distil
+    from stillhouse.front import distil
     from stillhouse.engine import Method, Result, Stage, Update
     from stillhouse.recipe import Recipe, load_recipe
     from stillhouse.registry import entries as methods
 
 # Importing the package must cost nothing: what is asked for is imported then.
 _HOMES = {
-    "distil": "stillhouse.distil",
+    "distil": "stillhouse.front",
     "load_recipe": "stillhouse.recipe",
     "Recipe": "stillhouse.recipe",
     "Method": "stillhouse.engine",

@@ -133,7 +133,7 @@ class Tagged(Spec):
 def first_problem(error: ValidationError, model: type[BaseModel]) -> tuple[str, str]:
     """The first problem of a validation error as (dotted key path, reason in words)."""
     problem = error.errors()[0]
-    path = [str(part) for part in problem["loc"]]
+    path = [str(part) for part in problem["loc"] if not _names_a_type(str(part))]
     context = problem.get("ctx", {})
     kind = problem["type"]
     if kind == "spec":
@@ -154,6 +154,11 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> tuple[str, 
         message = problem["msg"]
         reason = message[0].lower() + message[1:] + f", not {problem['input']!r}"
     return ".".join(path), reason
+
+
+def _names_a_type(part: str) -> bool:
+    """Whether a part of an error's path says which member of a union failed, which is no key that anybody wrote."""
+    return "[" in part or part[:1].isupper() or part in ("float", "int", "str", "bool", "none")
 
 
 def read(model: type[BaseModel], values: Any, *, where: str = "") -> Any:

@@ -33,7 +33,7 @@ def unet(**fields: object) -> nn.Module:
 
 def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
-    return torch.randn(batch, 1, 16, 16), EDMNoise().draw(batch), torch.randint(0, 10, (batch,))
+    return torch.randn(batch, 1, 16, 16), EDMNoise().draw(torch.rand(batch)), torch.randint(0, 10, (batch,))
 
 
 def test_the_unet_is_a_model_of_diffusers_with_a_null_class() -> None:
@@ -215,7 +215,7 @@ def test_point_denoiser() -> None:
     torch.manual_seed(0)
     net = PointDenoiserSpec(width=16).build(POINTS)
     assert isinstance(net, PointDenoiser)
-    x, t, labels = torch.randn(5, 2), EDMNoise().draw(5), torch.tensor([0, 1, 2, 3, 0])
+    x, t, labels = torch.randn(5, 2), EDMNoise().draw(torch.rand(5)), torch.tensor([0, 1, 2, 3, 0])
     assert denoise(net, x, t, EDMNoise(), "edm", labels).shape == (5, 2)
     assert bottleneck(net, x, t, EDMNoise(), labels).shape == (5, 16)
     assert not torch.allclose(predict(net, x, t, EDMNoise(), labels), predict(net, x, t, EDMNoise(), 0 * labels))

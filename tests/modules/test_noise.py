@@ -22,6 +22,7 @@ from stillhouse.modules.noise import (
     from_diffusers,
     mix,
     predict,
+    to_diffusers,
     to_eps,
     to_score,
     to_x0,
@@ -38,7 +39,7 @@ class Holder(Spec):
 
 def draw(schedule: NoiseSchedule, batch: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     x0, noise = torch.randn(batch, 2, 3, 3, dtype=dtype), torch.randn(batch, 2, 3, 3, dtype=dtype)
-    t = schedule.draw(batch, 0.02, 0.95)
+    t = schedule.draw(torch.rand(batch), 0.02, 0.95)
     return x0, noise, t, schedule.add_noise(x0, noise, t)
 
 
@@ -141,22 +142,22 @@ def test_karras_table() -> None:
 
 
 def test_drawn_times_lie_in_their_range() -> None:
-    torch.manual_seed(0)
-    t = VPNoise().draw(20000, 0.02, 0.98)
+    uniform = torch.linspace(0, 1, 20001)
+    t = VPNoise().draw(uniform, 0.02, 0.98)
     assert (t.min().item(), t.max().item()) == (20, 980)
-    t = VPNoise().draw(20000)
-    assert (t.min().item(), t.max().item()) == (0, 999)
-    sigma = EDMNoise().draw(20000, 0.02, 0.98)
+    t = VPNoise().draw(uniform[:-1])
+    assert t.bincount().tolist() == pytest.approx([20] * 1000, abs=1)
+    sigma = EDMNoise().draw(uniform, 0.02, 0.98)
     assert sigma.dtype == torch.float32
-    assert sigma.min() >= EDMNoise().times[20].float()
-    assert sigma.max() <= EDMNoise().times[980].float()
-    a, b = (VPNoise().draw(5, generator=torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(a, b)
+    assert sigma.min() == EDMNoise().times[20].float()
+    assert sigma.max() == EDMNoise().times[980].float()
+    with pytest.raises(UserError, match=r"No training time lies between 0\.9 and 0\.1"):
+        VPNoise().draw(uniform, 0.9, 0.1)
 
 
 def test_lognormal_times() -> None:
     torch.manual_seed(0)
-    logarithm = EDMNoise().lognormal(50000).log()
+    logarithm = EDMNoise().lognormal(torch.randn(50000)).log()
     assert logarithm.mean().item() == pytest.approx(-1.2, abs=0.02)
     assert logarithm.std().item() == pytest.approx(1.2, abs=0.02)
 
@@ -183,8 +184,8 @@ def test_schedules_are_specs() -> None:
     assert read(Holder, {"schedule": "vp:scaled_linear"}).schedule == VPNoise(beta_schedule="scaled_linear")
     assert read(Holder, {"schedule": {"kind": "edm", "sigma_max": 10}}).schedule.times[-1].item() == pytest.approx(10)
     schedule = EDMNoise()
-    assert schedule.times is schedule.times
-    assert schedule == EDMNoise()
+    changed = schedule.model_copy(update={"sigma_max": 2.0})
+    assert changed.draw(torch.ones(1)).item() == pytest.approx(2.0)
     assert read(Holder, {"schedule": schedule.dump()}).schedule == schedule
     with pytest.raises(UserError, match=r"'sigma_min' is 3\.0 and must be less than 'sigma_max', 2\.0"):
         read(Holder, {"schedule": {"kind": "edm", "sigma_min": 3.0, "sigma_max": 2.0}})
@@ -283,11 +284,29 @@ def test_flow_agrees_with_flow_match_euler(shift: float) -> None:
     torch.testing.assert_close(velocity, noise - x0, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "prediction"),
+    [
+        (EDMNoise(sigma_max=40), "edm"),
+        (FlowNoise(shift=3), "flow_prediction"),
+        (VPNoise(beta_schedule="scaled_linear", beta_end=0.012), "v_prediction"),
+    ],
+)
+def test_schedules_become_schedulers_and_come_back(schedule: NoiseSchedule, prediction: Prediction) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    config = to_diffusers(schedule, prediction)
+    assert from_diffusers(config) == (schedule, prediction)
+    theirs = getattr(diffusers, config["_class_name"]).from_config(config)
+    assert from_diffusers(theirs) == (schedule, prediction)
+
+
 def test_unknown_schedulers_and_predictions() -> None:
     with pytest.raises(UserError, match="prediction type 'epsilom'; did you mean 'epsilon'"):
         from_diffusers({"_class_name": "DDIMScheduler", "beta_schedule": "linear", "prediction_type": "epsilom"})
     with pytest.raises(UserError, match="'VQDiffusionScheduler' is of no known kind"):
         from_diffusers({"_class_name": "VQDiffusionScheduler"})
+    with pytest.raises(UserError, match="EDMEulerScheduler of diffusers takes no 'epsilon'"):
+        to_diffusers(EDMNoise(), "epsilon")
     with pytest.raises(UserError, match="no prediction 'eps'"):
         check_prediction(VPNoise(), "eps")
     with pytest.raises(UserError, match="no signal is left"):

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from stillhouse.distil import run_recipe
+from stillhouse.front import run_recipe
 from stillhouse.engine import Listener
 from stillhouse.errors import UserError
 from stillhouse.recipe import build_recipe, load_recipe

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from stillhouse.cli.progress import ProgressBar
 from stillhouse.cli.tables import result_table
-from stillhouse.distil import run_recipe
+from stillhouse.front import run_recipe
 from stillhouse.engine import Interrupted, Result, Signals, World
 from stillhouse.engine.storage import write_text
 from stillhouse.errors import UserError

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, Self, get_args
 
@@ -47,7 +47,7 @@ class NoiseSchedule(Tagged):
     sigma_data: float = Field(default=0.5, gt=0)
     """Standard deviation of the data, for EDM preconditioning and weights."""
 
-    @cached_property
+    @property
     def times(self) -> Num[Tensor, "timesteps"]:
         """The training times, from the least noise to the most, on the CPU."""
         raise NotImplementedError
@@ -87,24 +87,14 @@ class NoiseSchedule(Tagged):
         alpha, sigma = (_per_sample(value, x0, dtype) for value in (self.alpha(t), self.sigma(t)))
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
-    def draw(
-        self,
-        batch: int,
-        low: float = 0.0,
-        high: float = 1.0,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Num[Tensor, "batch"]:
-        """Training times uniform over the table between two fractions of it.
+    def draw(self, uniform: Float[Tensor, "batch"], low: float = 0.0, high: float = 1.0) -> Num[Tensor, "batch"]:
+        """Training times, uniform over the table between two fractions of it.
 
         Args:
-            batch: how many.
+            uniform: numbers uniform in [0, 1), such as ``torch.rand(batch)``.
             low: fraction of the table below which nothing is drawn.
             high: fraction above which nothing is drawn; the step at ``high`` itself is included (0.02 to 0.98 of 1000
                 gives steps 20 to 980).
-            generator: source of randomness; torch's global one by default.
-            device: where they shall be.
 
         Raises:
             UserError: the range holds no step.
@@ -113,9 +103,9 @@ class NoiseSchedule(Tagged):
         first, last = int(low * count), min(int(high * count), count - 1)
         if not 0 <= first <= last:
             raise UserError(f"No training time lies between {low} and {high}; use fractions with 0 <= low < high <= 1.")
-        index = torch.randint(first, last + 1, (batch,), generator=generator, device=_home(generator))
-        drawn = self.times[index.cpu()]
-        return (drawn.float() if drawn.is_floating_point() else drawn).to(device)
+        index = (first + uniform * (last + 1 - first)).long().clamp(max=last)
+        drawn = _table(self, "times", uniform.device)[index]
+        return drawn.float() if drawn.is_floating_point() else drawn
 
     def at(self, steps: Sequence[int]) -> Num[Tensor, "steps"]:
         """Times of a few-step student by their places in the training table, such as ``[999, 749, 499, 249]``.
@@ -149,7 +139,7 @@ class EDMNoise(NoiseSchedule):
             raise ValueError(f"'sigma_min' is {self.sigma_min} and must be less than 'sigma_max', {self.sigma_max}")
         return self
 
-    @cached_property
+    @property
     def times(self) -> Float64[Tensor, "timesteps"]:
         return self.grid(self.num_train_timesteps).flip(0)
 
@@ -176,11 +166,9 @@ class EDMNoise(NoiseSchedule):
         c_in = (sigma**2 + self.sigma_data**2).rsqrt()
         return _per_sample(c_in, x_t, x_t.dtype) * x_t, (sigma.log() / 4).to(torch.float32).expand(len(x_t))
 
-    def lognormal(
-        self, batch: int, mean: float = -1.2, std: float = 1.2, *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "batch"]:
-        """Noise levels as EDM teachers are trained on: ``ln σ ~ N(mean, std^2)``."""
-        return (mean + std * torch.randn(batch, generator=generator, device=_home(generator))).exp()
+    def lognormal(self, normal: Float[Tensor, "batch"], mean: float = -1.2, std: float = 1.2) -> Float[Tensor, "batch"]:
+        """Noise levels as EDM teachers are trained on, ``ln σ ~ N(mean, std^2)``, from standard normal numbers."""
+        return (mean + std * normal).exp()
 
 
 class VPNoise(NoiseSchedule):
@@ -215,11 +203,11 @@ class VPNoise(NoiseSchedule):
     def from_text(cls, text: str) -> Self:
         return cls.model_validate({"beta_schedule": text}) if text else cls()
 
-    @cached_property
+    @property
     def times(self) -> Num[Tensor, "timesteps"]:
         return torch.arange(self.num_train_timesteps)
 
-    @cached_property
+    @property
     def alphas_cumprod(self) -> Float64[Tensor, "timesteps"]:
         """``ᾱ_t = α_t^2``, the share of signal left in the variance."""
         count = self.num_train_timesteps
@@ -238,14 +226,8 @@ class VPNoise(NoiseSchedule):
             root = (root - root[-1]) * root[0] / (root[0] - root[-1])
         return root**2
 
-    @cached_property
-    def _tables(self) -> dict[torch.device, Tensor]:
-        return {}
-
     def _signal(self, t: Tensor) -> Tensor:
-        if t.device not in self._tables:
-            self._tables[t.device] = self.alphas_cumprod.to(t.device, _double(t))
-        return self._tables[t.device][t]
+        return _table(self, "alphas_cumprod", t.device)[t]
 
     def alpha(self, t: Num[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         return self._signal(t).sqrt()
@@ -272,7 +254,7 @@ class FlowNoise(NoiseSchedule):
     def _shifted(self, t: Tensor) -> Tensor:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
-    @cached_property
+    @property
     def times(self) -> Float64[Tensor, "timesteps"]:
         count = self.num_train_timesteps
         return self._shifted(torch.arange(1, count + 1, dtype=torch.float64) / count)
@@ -321,6 +303,33 @@ def from_diffusers(scheduler: Any) -> tuple[NoiseSchedule, Prediction]:
     fields = {key: value for key, value in config.items() if key in member.model_fields and value is not None}
     schedule: NoiseSchedule = read(member, fields, where=name)
     return schedule, names[given]
+
+
+def to_diffusers(schedule: NoiseSchedule, prediction: Prediction) -> dict[str, Any]:
+    """The config of the deterministic diffusers scheduler for this process; the inverse of :func:`from_diffusers`.
+
+    >>> to_diffusers(EDMNoise(), "edm")["_class_name"]
+    'EDMEulerScheduler'
+
+    Raises:
+        UserError: diffusers has no scheduler for this prediction on this process.
+    """
+    names: dict[str, tuple[str, dict[str, str]]] = {
+        "edm": ("EDMEulerScheduler", {"edm": "epsilon"}),
+        "flow": ("FlowMatchEulerDiscreteScheduler", {"flow_prediction": "flow_prediction"}),
+        "vp": ("DDIMScheduler", {name: name for name in ("epsilon", "sample", "v_prediction")}),
+    }
+    scheduler, predictions = names[schedule.kind]
+    if prediction not in predictions:
+        raise UserError(f"The {scheduler} of diffusers takes no {prediction!r}; {nearest(prediction, predictions)}.")
+    fields = schedule.model_dump(mode="json")
+    if schedule.kind != "edm":
+        del fields["sigma_data"]
+    if schedule.kind != "flow":
+        fields["prediction_type"] = predictions[prediction]
+    if schedule.kind == "vp":
+        fields |= {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
+    return {"_class_name": scheduler, **fields}
 
 
 def check_prediction(schedule: NoiseSchedule, prediction: str) -> None:
@@ -523,8 +532,10 @@ def _per_sample(value: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _home(generator: torch.Generator | None) -> torch.device | None:
-    return None if generator is None else generator.device
+@lru_cache(maxsize=256)
+def _table(schedule: NoiseSchedule, name: Literal["times", "alphas_cumprod"], device: torch.device) -> Tensor:
+    table: Tensor = getattr(schedule, name)
+    return table.to(device, torch.float32 if table.is_floating_point() and device.type == "mps" else None)
 
 
 def _double(t: Tensor) -> torch.dtype:

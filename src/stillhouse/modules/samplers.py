@@ -99,7 +99,7 @@ def multistep(
     schedule: NoiseSchedule,
     times: Num[Tensor, "steps"],
     *,
-    generator: torch.Generator | None = None,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> Sampled:
     """Few-step sampling of a distilled student: predict the clean sample, noise it afresh to the next time, repeat.
 
@@ -111,12 +111,12 @@ def multistep(
         noise: standard normal noise.
         schedule: the process.
         times: descending times.
-        generator: source of the fresh noise; torch's global one by default.
+        randn_like: source of the fresh noise.
     """
     times = times.to(noise.device)
     x0 = denoiser(schedule.start(noise, times[0]), times[0].expand(len(noise)))
     for t in times[1:]:
-        x_t = schedule.add_noise(x0, _fresh(noise, generator), t)
+        x_t = schedule.add_noise(x0, randn_like(x0), t)
         x0 = denoiser(x_t, t.expand(len(noise)))
     return Sampled(x0, len(times))
 
@@ -129,7 +129,7 @@ def backward_simulation(
     times: Num[Tensor, "steps"],
     step: int,
     *,
-    generator: torch.Generator | None = None,
+    randn_like: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> tuple[Float[Tensor, "batch ..."], Num[Tensor, "batch"]]:
     """The input that a few-step student meets at ``times[step]`` in inference, to train on (arXiv 2405.14867, 4.5).
 
@@ -142,7 +142,7 @@ def backward_simulation(
         schedule: the process.
         times: the student's descending times.
         step: which of them; all processes should use the same, so that they take equally long.
-        generator: source of all other noise; torch's global one by default.
+        randn_like: source of all other noise.
 
     Returns:
         The input, and its time for each sample.
@@ -151,14 +151,8 @@ def backward_simulation(
     t = times[step].expand(len(noise))
     if step == 0:
         return schedule.start(noise, t), t
-    start = _fresh(noise, generator)
-    x0 = multistep(denoiser, start, schedule, times[:step], generator=generator).samples
+    x0 = multistep(denoiser, randn_like(noise), schedule, times[:step], randn_like=randn_like).samples
     return schedule.add_noise(x0.to(noise.dtype), noise, t), t
-
-
-def _fresh(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = generator.device if generator is not None else like.device
-    return torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
 def _state_dtype(noise: Tensor) -> torch.dtype:

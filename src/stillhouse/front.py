@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stillhouse.engine import Listener, Result, Run, RunDirectory, Settings, World
 from stillhouse.errors import UserError, nearest
 from stillhouse.recipe import Recipe, build_recipe
@@ -79,6 +81,9 @@ def run_recipe(
     world = world or World.start(recipe.settings.device)
     directory = RunDirectory(out, writes=world.is_main)
     directory.lock()
+    threads = torch.get_num_threads()
+    if recipe.settings.threads is not None:
+        torch.set_num_threads(recipe.settings.threads)
     try:
         if world.is_main:
             recipe.write(out / "recipe.yaml")
@@ -94,6 +99,7 @@ def run_recipe(
         )
         return run.execute()
     finally:
+        torch.set_num_threads(threads)
         directory.release()
 
 
