@@ -359,6 +359,8 @@ class Run:
             "device": self.world.device.type,
             "world": self.world.size,
             "precision": self.settings.precision,
+            # Sums over threads are rounded in another order.
+            "threads": torch.get_num_threads(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 

@@ -130,7 +130,7 @@ def sinkhorn(
     vectors a round, not for a plan a round. The gradient goes to ``cost`` only, and once (no double backward).
 
     Args:
-        cost: any finite costs; the plan does not change when a constant is added to a row or a column.
+        cost: any finite costs; a constant added to all of them changes nothing.
         epsilon: entropic regularisation, in units of the cost.
         num_iterations: rounds; the most rounds when ``tolerance`` is given.
         row_marginal: positive mass of each row, a constant; ones when not given.
