@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from stillhouse.data.export import (
     Card,
+    DistilledExport,
     eight_bit,
     load_tensors,
     save_class_folders,
@@ -144,6 +145,21 @@ def test_the_directory_loads_as_an_image_folder(distilled, card, tmp_path, monke
     loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))["train"]
     assert loaded["label"] == [0, 0, 1, 1, 2, 2], "neither the picture nor the arrow files count"
     assert np.array_equal(np.stack([np.asarray(image) for image in loaded["image"]]), eight_bit(distilled.pixels))
+
+
+def test_an_export_replaces_its_predecessor_and_nothing_else(distilled, card, tmp_path):
+    pytest.importorskip("datasets", reason="writes the Hugging Face data set")
+    DistilledExport(distilled, card).save(tmp_path / "out")
+    before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")}
+    smaller = DistilledSet(distilled.images[:3], torch.tensor([0, 1, 2]))
+    DistilledExport(smaller, card).save(tmp_path / "out")
+    after = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")}
+    assert (len(before), len(after)) == (7, 4)
+    (tmp_path / "mine" / "images").mkdir(parents=True)
+    (tmp_path / "mine" / "images" / "photo.png").touch()
+    with pytest.raises(UserError, match="images is not empty"):
+        DistilledExport(smaller, card).save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "images" / "photo.png").exists()
 
 
 def test_unlabelled_and_many_channelled_sets_get_what_fits(tmp_path, card):

@@ -137,8 +137,8 @@ def test_equals_the_logarithmic_form_where_the_kernel_underflows(kind: str, epsi
     plan, grad = value_and_gradient(lambda w: sinkhorn(w, epsilon, rounds), single)
     unit = 2 / epsilon * torch.finfo(torch.float32).eps * math.sqrt(rounds)
     assert plan.dtype == torch.float32
-    torch.testing.assert_close(plan.double(), expected, rtol=0, atol=2 * unit)
-    torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=10 * unit * scale)
+    torch.testing.assert_close(plan.double(), expected, rtol=0, atol=unit)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=unit / epsilon)
     torch.testing.assert_close(plan.sum(0), torch.ones(len(cost)), rtol=0, atol=1e-6)
 
 
@@ -173,7 +173,7 @@ def test_marginals_order_and_rectangles(epsilon: float) -> None:
     plan, grad = value_and_gradient(lambda w: sinkhorn(w, epsilon, 7, row_marginal=rows, column_marginal=columns), cost)
     torch.testing.assert_close(plan, expected)
     torch.testing.assert_close(grad, expected_grad)
-    assert row_error(plan, rows) < row_error(plan)
+    torch.testing.assert_close(row_error(plan, rows), (plan.sum(1) - rows).abs().max())
     first = sinkhorn(cost, epsilon, 7, row_marginal=rows, column_marginal=columns, order="columns_first")
     torch.testing.assert_close(first, in_logs(cost.t(), epsilon, 7, columns, rows).t())
     torch.testing.assert_close(first.sum(1), rows)
@@ -192,14 +192,15 @@ def test_what_constants_in_the_cost_change() -> None:
     torch.testing.assert_close(sinkhorn(cost + random(1, 6), 0.1, 3000), sinkhorn(cost, 0.1, 3000))
 
 
-@pytest.mark.parametrize("epsilon", [0.1, 0.01])
-def test_tolerance_stops_early_and_keeps_it(epsilon: float) -> None:
-    cost = costs(10, 10) * (epsilon + 0.1) / 0.4
-    needed = next(n for n in range(1, 5000) if row_error(sinkhorn(cost, epsilon, n)) <= 1e-4)
+@pytest.mark.parametrize(("dtype", "epsilon"), [(DOUBLE, 0.1), (torch.float32, 0.05)])
+def test_tolerance_stops_early_and_keeps_it(dtype: torch.dtype, epsilon: float) -> None:
+    cost = hard_costs("random", 10).to(dtype)
+    needed = next(n for n in range(1, 2000) if row_error(sinkhorn(cost, epsilon, n)) <= 1e-4)
     plan = sinkhorn(cost, epsilon, 100_000, tolerance=1e-4)
     assert row_error(plan) <= 1e-4
     tried = range(needed, needed + 12)
     assert any(torch.allclose(plan, sinkhorn(cost, epsilon, n), rtol=1e-12, atol=0) for n in tried)
+    assert needed > 10
     torch.testing.assert_close(sinkhorn(cost, epsilon, 25, tolerance=1e-15), sinkhorn(cost, epsilon, 25))
 
 

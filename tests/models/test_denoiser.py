@@ -131,6 +131,7 @@ def test_bottleneck_of_a_compiled_network() -> None:
     net.compile(backend="eager")
     predict(net, x, t, EDMNoise(), labels)
     assert torch.equal(bottleneck(net, x, t, EDMNoise(), labels), expected)
+    assert bottleneck(net.to(torch.bfloat16), x, t, EDMNoise(), labels).dtype == torch.bfloat16
 
 
 def test_tokens_come_back_as_a_map() -> None:

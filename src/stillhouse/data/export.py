@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
@@ -54,6 +55,23 @@ class Card:
     class_names: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class DistilledExport:
+    """A distilled set with its card, as an artefact of a result: it writes itself in every format.
+
+    Attributes:
+        distilled: the set.
+        card: what the set itself does not know.
+    """
+
+    distilled: DistilledSet
+    card: Card
+
+    def save(self, directory: Path) -> None:
+        """Write into ``directory``; see :func:`save_distilled_set`."""
+        save_distilled_set(self.distilled, directory, self.card)
+
+
 def save_distilled_set(distilled: DistilledSet, directory: Path, card: Card) -> dict[str, Path]:
     """Write every format that fits the set: the tensors first, then picture, PNG folders, Hugging Face data set, card.
 
@@ -61,7 +79,7 @@ def save_distilled_set(distilled: DistilledSet, directory: Path, card: Card) -> 
 
     Args:
         distilled: the set.
-        directory: where; made when missing. PNG folders of an earlier export there are an error.
+        directory: where; made when missing. An earlier export there is replaced.
         card: what the set itself does not know.
 
     Returns:
@@ -72,6 +90,9 @@ def save_distilled_set(distilled: DistilledSet, directory: Path, card: Card) -> 
     """
     names = _class_names(distilled.num_classes, card.class_names)
     directory.mkdir(parents=True, exist_ok=True)
+    if (directory / TENSORS).exists():
+        for stale in (FOLDERS, HUGGING_FACE):
+            shutil.rmtree(directory / stale, ignore_errors=True)
     paths = {"tensors": directory / TENSORS}
     save_tensors(paths["tensors"], distilled, class_names=names)
     classes = distilled.class_of

@@ -40,6 +40,9 @@ class Settings(Spec):
     log_every: int = Field(50, ge=1, description="steps between rows of metrics.jsonl")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints, besides those by time")
     checkpoint_minutes: float = Field(2.0, gt=0, description="minutes between checkpoints")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads; torch's choice when not given (small networks run best on one)"
+    )
     trackers: tuple[str, ...] = Field(
         (), description="experiment trackers by accelerate's names: tensorboard, wandb, ..."
     )

@@ -10,7 +10,7 @@ Every function takes logits ``(..., classes)`` whose leading shape is that of th
   at masked ones.
 - Gradients go to every tensor that requires them: compute a teacher under ``torch.no_grad`` or detach it.
 - ``chunk`` is a number of rows to handle at once. With it no float32 tensor of all rows x classes exists besides inputs
-  and their gradients; each chunk is computed twice, and there is no double backward.
+  and their gradients; each chunk is computed twice.
 - A class whose logit is ``-inf`` on both sides is absent, as with a restricted vocabulary.
 """
 
@@ -25,7 +25,6 @@ from typing import Any, Literal, Protocol
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
@@ -441,11 +440,16 @@ class _Chunked(torch.autograd.Function):
         return torch.cat(parts).view(shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        if torch.is_grad_enabled():  # create_graph=True: in one go, which can be differentiated again
+            found = torch.autograd.grad(
+                _rows(ctx.rows_of, *inputs), [inputs[i] for i in wanted], grad_rows, create_graph=True
+            )
+            every = [found[wanted.index(i)] if i in wanted else None for i in range(len(inputs))]
+            return None, None, *every
         grads: list[Tensor | None] = [torch.empty_like(x) if i in wanted else None for i, x in enumerate(inputs)]
         for at in _chunks(grad_rows.shape, ctx.chunk, grad_rows.device):
             parts = _take(inputs, at)

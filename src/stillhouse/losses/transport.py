@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stillhouse.errors import UserError
@@ -33,9 +32,9 @@ def pairwise_l1(
 ) -> Float[Tensor, "rows columns"]:
     """The cost ``W_ij = || p_i - q_j ||_1`` between every student row and every teacher row (SinKD, step 1).
 
-    For probabilities it lies in [0, 2] and is twice the total variation. The gradient goes to the student only, and
-    once (no double backward). The ``rows x columns x classes`` differences are never held: the classes are taken in
-    chunks, in both directions.
+    For probabilities it lies in [0, 2] and is twice the total variation. The gradient goes to the student only. The
+    ``rows x columns x classes`` differences are never held, in either direction (only ``create_graph=True`` does hold
+    them).
 
     Args:
         student_probs: points of the rows, usually softmax outputs; any real values work.
@@ -86,9 +85,11 @@ class _PairwiseL1(torch.autograd.Function):
         return cost
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_cost: Tensor) -> tuple[Tensor, None, None]:
         student, teacher = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the same in plain torch, which can be differentiated again
+            cost = (student[:, None] - teacher).abs().sum(-1)
+            return *torch.autograd.grad(cost, student, grad_cost, create_graph=True), None, None
         chunk, classes = ctx.chunk, student.shape[1]
         if chunk is None:
             buffered = student.device.type != "cpu"
@@ -126,8 +127,8 @@ def sinkhorn(
 
     Each round normalises the rows, then the columns (``order`` swaps them), so the side that comes last holds its
     marginal exactly and the other approximately: see :func:`row_error`. The result is that of scaling in the log
-    domain at any ``epsilon``, and the gradient is that of all rounds, unrolled; it needs memory for the plan and two
-    vectors a round, not for a plan a round. The gradient goes to ``cost`` only, and once (no double backward).
+    domain at any ``epsilon``, and the gradient (to ``cost`` only) is that of all rounds, unrolled; yet it needs memory
+    for the plan and two vectors a round, not for a plan a round.
 
     Args:
         cost: any finite costs; a constant added to all of them changes nothing.
@@ -210,6 +211,7 @@ class _Scaling(torch.autograd.Function):
                 g = columns.log() - log_kernel_f.logsumexp(0)
                 plan = kernel = log_kernel_f.softmax(0).mul_(columns)
             plain = num_iterations if bounded else num_iterations - 1
+            ctx.rounds = num_iterations - plain
             saved = [f, kernel]
             us: Tensor
             vs: Tensor
@@ -224,6 +226,7 @@ class _Scaling(torch.autograd.Function):
                 for u, v_next in zip(us.unbind(), vs_next, strict=True):
                     torch.div(rows, torch.mv(kernel, v, out=u), out=u)
                     v = torch.div(columns, torch.mv(transposed, u, out=v_next), out=v_next)
+                ctx.rounds += length
                 if tolerance is not None and bool((u * torch.mv(kernel, v) - rows).abs().max() <= tolerance):
                     break
             if plain:
@@ -233,13 +236,15 @@ class _Scaling(torch.autograd.Function):
         return plan
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_plan: Tensor) -> tuple[Tensor | None, ...]:
         # With L = -W/eps and P the plan after a half-round, f_i = log a_i - log sum_j exp(L_ij + g_j) has the
         # derivative df_i = -sum_j P_ij (dL_ij + dg_j) / a_i, and likewise for g: the chain runs back through two
         # matrix-vector products a round, and a block's part of the gradient of L is one matrix product.
         cost, rows, columns, plan, first_f, kernel, *saved = ctx.saved_tensors
         first_kernel = kernel
+        if torch.is_grad_enabled():  # create_graph=True: the same in plain torch, which can be differentiated again
+            plan = _unrolled(cost, rows, columns, ctx.epsilon, ctx.rounds)
+            return *torch.autograd.grad(plan, cost, grad_plan, create_graph=True), None, None, None, None, None, None
         with torch.autocast(cost.device.type, enabled=False):
             grad = grad_plan * plan
             grad_f, grad_g = grad.sum(1), grad.sum(0)
@@ -265,6 +270,14 @@ class _Scaling(torch.autograd.Function):
                 grad.addcmul_(kernel, y0, value=-1)
                 grad.addcmul_(_log_kernel(cost, ctx.epsilon).add_(first_f[:, None]).exp_(), x0[:, None], value=-1)
             return grad.mul_(-1 / ctx.epsilon), None, None, None, None, None, None
+
+
+def _unrolled(cost: Tensor, rows: Tensor, columns: Tensor, epsilon: float, num_iterations: int) -> Tensor:
+    log_plan = cost / -epsilon
+    for _ in range(num_iterations):
+        log_plan = log_plan - log_plan.logsumexp(1, keepdim=True) + rows.log()[:, None]
+        log_plan = log_plan - log_plan.logsumexp(0, keepdim=True) + columns.log()
+    return log_plan.exp()
 
 
 def _log_kernel(cost: Tensor, epsilon: float) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from jaxtyping import Float, Float64, Num
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillhouse.errors import UserError, nearest
 from stillhouse.spec import Tagged, read
@@ -466,7 +466,8 @@ def predict(
         UserError: guidance without a null condition, or an output that is not shaped like ``x_t``.
     """
     x, time = schedule.network_inputs(x_t, t)
-    dtype = next((p.dtype for p in net.parameters()), x.dtype) if isinstance(net, torch.nn.Module) else x.dtype
+    owner = getattr(net, "__self__", net)
+    dtype = next((p.dtype for p in owner.parameters()), x.dtype) if isinstance(owner, nn.Module) else x.dtype
     if guidance_scale == 1:
         return _call(net, x.to(dtype), time, _cast(condition, dtype), x_t.shape)
     if null_condition is None or condition is None:

@@ -2,7 +2,7 @@
 
 One draw of parameters is a value, :class:`Params`: the same row is applied to the real and to the synthetic images of a
 class, replayed in the second pass of an adjoint, or cut to a group of classes. Every operation is differentiable with
-respect to the pixels, and a batch of any number of groups is augmented with a constant number of tensor operations.
+respect to the pixels, and all groups that drew the same operation go through it together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stillhouse.spec import Spec
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Params:
     """One draw: row ``g`` of every tensor (on the CPU, so that nothing here waits for a device) belongs to group ``g``.
 
@@ -71,7 +71,8 @@ class DSA(Spec):
     """What may be drawn: the operations, and how strong each is. The defaults are those of the published code.
 
     Images are expected standardised (zero mean): what ``crop``, ``cutout``, ``scale`` and ``rotate`` leave empty is
-    zero. Digits are published without ``flip``. As a field it also reads from text: ``color_crop_cutout``, ``none``.
+    zero. Leave ``flip`` out where mirror images mean something else (digits). As a field it also reads from text:
+    ``color_crop_cutout``, ``none``.
 
     >>> dsa = DSA.model_validate("crop_flip")
     >>> params = dsa.draw(groups=2, size=(8, 8), generator=torch.Generator().manual_seed(0))

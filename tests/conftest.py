@@ -1,0 +1,23 @@
+"""Shared by all tests: one thread, a cache of the test session's own, no network."""
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    before = os.environ.get("STILLHOUSE_CACHE")
+    os.environ["STILLHOUSE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    yield
+    if before is None:
+        del os.environ["STILLHOUSE_CACHE"]
+    else:
+        os.environ["STILLHOUSE_CACHE"] = before
