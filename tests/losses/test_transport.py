@@ -218,13 +218,15 @@ def test_tolerance_stops_early_and_keeps_it(dtype: torch.dtype, epsilon: float) 
 @pytest.mark.parametrize("rounds", [1, 2, 13])
 def test_gradcheck_of_the_plan(shape: tuple[int, int], epsilon: float, options: dict[str, Any], rounds: int) -> None:
     cost = (epsilon * 3 * torch.rand(*shape, dtype=DOUBLE)).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda w: sinkhorn(w, epsilon, rounds, **options), (cost,), eps=1e-6 * epsilon, atol=1e-5
-    )
-    assert torch.autograd.gradcheck(
-        lambda w: sinkhorn(w + 1.9 / 0.01 * epsilon * torch.eye(*shape, dtype=DOUBLE), epsilon, rounds, **options),
-        (cost,), eps=1e-6 * epsilon, atol=1e-5,
-    )  # fmt: skip
+    far = 190 * epsilon * torch.eye(*shape, dtype=DOUBLE)  # beyond what is scaled without absorption
+    for offset in (torch.zeros_like(far), far):
+
+        def plan(w: Tensor, offset: Tensor = offset) -> Tensor:
+            return sinkhorn(w + offset, epsilon, rounds, **options)
+
+        assert torch.autograd.gradcheck(plan, (cost,), eps=1e-6 * epsilon, atol=1e-5)
+        if rounds < 13:
+            assert torch.autograd.gradgradcheck(plan, (cost,), eps=1e-6 * epsilon, atol=1e-3, rtol=1e-3)
 
 
 def test_memory_kept_for_the_backward() -> None:
@@ -325,6 +327,18 @@ def test_gradcheck_of_the_distance() -> None:
     student, teacher = random(4, 3, seed=1).requires_grad_(), random(4, 3, seed=2)
     for options in ({}, {"epsilon": 0.01}, {"form": "sample"}, {"reduction": "sum", "chunk": 2}):
         assert torch.autograd.gradcheck(lambda s, o=options: sinkhorn_distance(s, teacher, **o), (student,))
+
+
+def test_second_derivative_of_the_distance() -> None:
+    student, teacher = random(4, 3, seed=1), random(4, 3, seed=2)
+
+    def second_order(function: Callable[[Tensor], Tensor]) -> Tensor:
+        at = student.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(function(at), at, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), at)[0]
+
+    ours = second_order(lambda s: sinkhorn_distance(s, teacher, reduction="sum"))
+    torch.testing.assert_close(ours, second_order(lambda s: reference(s, teacher)))
 
 
 def test_the_teacher_gets_no_gradient() -> None:

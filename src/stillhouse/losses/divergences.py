@@ -444,12 +444,13 @@ class _Chunked(torch.autograd.Function):
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-        if torch.is_grad_enabled():  # create_graph=True: in one go, which can be differentiated again
-            found = torch.autograd.grad(
-                _rows(ctx.rows_of, *inputs), [inputs[i] for i in wanted], grad_rows, create_graph=True
-            )
-            every = [found[wanted.index(i)] if i in wanted else None for i in range(len(inputs))]
-            return None, None, *every
+        if torch.is_grad_enabled():
+            # create_graph=True: in one go, which can be differentiated again. The inputs are aliased because one may
+            # depend on another, and that path is not this function's.
+            inputs = [x.view_as(x) if i in wanted else x for i, x in enumerate(inputs)]
+            rows = _rows(ctx.rows_of, *inputs)
+            found = iter(torch.autograd.grad(rows, [inputs[i] for i in wanted], grad_rows, create_graph=True))
+            return None, None, *(next(found) if i in wanted else None for i in range(len(inputs)))
         grads: list[Tensor | None] = [torch.empty_like(x) if i in wanted else None for i, x in enumerate(inputs)]
         for at in _chunks(grad_rows.shape, ctx.chunk, grad_rows.device):
             parts = _take(inputs, at)
@@ -457,8 +458,8 @@ class _Chunked(torch.autograd.Function):
                 parts[i].requires_grad_()
             with torch.enable_grad():
                 rows = _rows(ctx.rows_of, *parts)
-            found = torch.autograd.grad(rows, [parts[i] for i in wanted], grad_rows[at])
-            for i, part in zip(wanted, found, strict=True):
+            by_part = torch.autograd.grad(rows, [parts[i] for i in wanted], grad_rows[at])
+            for i, part in zip(wanted, by_part, strict=True):
                 grads[i][at] = part  # type: ignore[index]
         return None, None, *grads
 

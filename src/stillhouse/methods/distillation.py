@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,9 +147,10 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
             metrics.update(
                 {f"test/{name}/{k}": v for k, v in _agreement(model, models[teachers[0]], split, run).items()}
             )
-        device = run.world.device
-        seconds = latency(lambda batch, model=model: logits(model.cpu(), batch), Batch(example))
-        model.to(device)
+        with measuring(model):
+            model.cpu()
+            seconds = latency(partial(logits, model), Batch(example))
+            model.to(run.world.device)
         rows.append([name, numbers[main], count_parameters(model), round(1e3 * seconds, 4)])
     metrics[f"test/{main}"] = metrics[f"test/student/{main}"]
     notes = []

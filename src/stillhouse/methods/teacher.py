@@ -11,7 +11,7 @@ from torch import nn
 from stillhouse.data import Augment, DataSpec
 from stillhouse.engine import Optimizer, Run, SubRun
 from stillhouse.methods.supervised import Supervised
-from stillhouse.models import ModelSpec
+from stillhouse.models import ModelSpec, ObjectSpec
 from stillhouse.spec import Tagged
 
 PRETRAINED = ("hf", "file", "import", "object")
@@ -32,6 +32,9 @@ class TeacherSpec(Tagged):
         kind = value.get("kind") if isinstance(value, dict) else None
         if isinstance(value, cls) or (kind in cls.members):
             return super().parse(value)
+        if isinstance(value, nn.Module):
+            # A teacher is never changed, so it need not be copied either.
+            value = ObjectSpec(object=value, copy_on_build=False)
         model = ModelSpec.parse(value)
         member = PretrainedTeacher if model.kind in PRETRAINED else TrainedTeacher
         return member(model=model)  # type: ignore[return-value]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from pydantic import Field
 from torch import nn
@@ -31,6 +34,11 @@ class ModelSpec(Tagged):
 
     noun = "model"
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "build" in cls.__dict__:
+            cls.build = _remembering(cls.build)  # type: ignore[method-assign]
+
     def build(self, facts: Facts) -> nn.Module:
         """A module in training mode for data with these facts; random weights draw from torch's global generator.
 
@@ -38,6 +46,25 @@ class ModelSpec(Tagged):
             UserError: the data does not fit the model, or what the spec names cannot be had.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built.")
+
+
+_ORIGINS: WeakKeyDictionary[nn.Module, tuple[ModelSpec, Facts]] = WeakKeyDictionary()
+
+
+def _remembering(build: Callable[[Any, Facts], nn.Module]) -> Callable[[Any, Facts], nn.Module]:
+    @functools.wraps(build)
+    def remembered(spec: ModelSpec, facts: Facts) -> nn.Module:
+        module = build(spec, facts)
+        _ORIGINS[module] = spec, facts
+        return module
+
+    return remembered
+
+
+def origin(module: nn.Module) -> tuple[ModelSpec, Facts] | None:
+    """The spec and facts that a module was built from; None for a module from elsewhere, or one given as an object."""
+    found = _ORIGINS.get(module)
+    return found if found is not None and found[0].kind != "object" else None
 
 
 class NetworkSpec(ModelSpec):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stillhouse.errors import UserError
 from stillhouse.facts import Facts
 from stillhouse.models.hub import diffusers, transformers
-from stillhouse.models.spec import ModelSpec
+from stillhouse.models.spec import ModelSpec, origin
 from stillhouse.spec import Spec, read
 
 WEIGHTS = "model.safetensors"
@@ -40,8 +40,8 @@ def save(
     Args:
         module: the model.
         directory: made if it does not exist; files of the same names are replaced.
-        spec: what built the module; without it the weights load only into a module you build yourself, or into a
-            transformers or diffusers class.
+        spec: what built the module; known for a module that a spec's ``build`` made. Without it the weights load only
+            into a module you build yourself, or into a transformers or diffusers class.
         facts: the facts about the data that the spec was built with.
 
     Returns:
@@ -52,6 +52,8 @@ def save(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    if spec is None and (known := origin(module)) is not None:
+        spec, facts = known
     if _library(module):
         module.save_pretrained(directory)  # type: ignore[operator]
     else:
