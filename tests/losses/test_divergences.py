@@ -348,6 +348,15 @@ def test_classes_absent_on_both_sides(loss: Callable[..., Tensor]) -> None:
         assert tensor.grad.isfinite().all()
 
 
+def test_mass_where_the_student_has_none_is_infinite() -> None:
+    student = torch.tensor([[0.0, -math.inf, 1.0]])
+    assert cross_entropy(student, torch.tensor([[0.5, 0.5, 0.0]])).item() == math.inf
+    assert cross_entropy(student, torch.tensor([1])).item() == math.inf
+    assert kl(student, torch.zeros(1, 3)).item() == math.inf
+    assert reverse_kl(torch.zeros(1, 3), student).item() == math.inf
+    assert js(student, torch.zeros(1, 3)).isfinite()
+
+
 def test_confident_predictions_stay_finite() -> None:
     student = torch.tensor([[500.0, -500.0, 0.0]], requires_grad=True)
     teacher = torch.tensor([[-500.0, 500.0, 0.0]])

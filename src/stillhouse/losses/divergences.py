@@ -225,7 +225,7 @@ def js(
     reduction: Reduction = "mean",
     chunk: int | None = None,
 ) -> Float[Tensor, "*reduced"]:
-    """Generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649, eq. 1), in which ``beta`` weighs the teacher.
+    """Generalised Jensen-Shannon divergence (as in GKD, arXiv 2306.13649), in which ``beta`` weighs the teacher.
 
     ``beta KL(teacher || m) + (1 - beta) KL(student || m)`` with ``m = beta teacher + (1 - beta) student``. Divided by
     ``beta`` it tends to :func:`kl` for small ``beta``, and divided by ``1 - beta`` to :func:`reverse_kl` for large.

@@ -248,6 +248,8 @@ class _Scaling(torch.autograd.Function):
         with torch.autocast(cost.device.type, enabled=False):
             grad = grad_plan * plan
             grad_f, grad_g = grad.sum(1), grad.sum(0)
+            # a float32 matrix product (unlike one with a vector) may be set to run in TF32 or bfloat16
+            exact = cost.dtype if cost.device.type == "mps" else torch.float64
             for block in reversed(range(0, len(saved), 4)):
                 f, g, us, vs = saved[block : block + 4]
                 kernel = _absorb(_log_kernel(cost, ctx.epsilon), f, g) if block else first_kernel
@@ -263,7 +265,8 @@ class _Scaling(torch.autograd.Function):
                     if t:
                         torch.mv(transposed, x[t], out=y[t - 1]).mul_(through_columns[t])
                 grad_f, grad_g = torch.zeros_like(grad_f), -torch.mv(transposed, x[0])
-                grad.addcmul_(kernel, torch.cat([us, xs]).t() @ torch.cat([ys, vs[:-1]]), value=-1)
+                left, right = torch.cat([us, xs]).to(exact), torch.cat([ys, vs[:-1]]).to(exact)
+                grad.addcmul_(kernel, (left.t() @ right).to(grad), value=-1)
             if not ctx.bounded:
                 y0 = grad_g / columns
                 x0 = (grad_f - torch.mv(kernel, y0)) / rows
@@ -323,6 +326,7 @@ def sinkhorn_distance(
     form: Literal["batch", "sample"] = "batch",
     reduction: Literal["mean", "sum"] = "mean",
     chunk: int | None = None,
+    check_finite: bool = True,
 ) -> Float[Tensor, ""]:
     """The Sinkhorn distance between the predictions of a batch, ``sum_ij P_ij W_ij`` (SinKD, arXiv 2402.17110).
 
@@ -343,6 +347,8 @@ def sinkhorn_distance(
             each sample with itself.
         reduction: ``"mean"`` divides the sum by the batch size.
         chunk: classes handled at once in the costs; see :func:`pairwise_l1`.
+        check_finite: refuse NaN and infinite logits on the CPU; False lets them through to the loss, for training
+            loops with a guard of their own.
 
     Raises:
         UserError: different shapes, fewer than 2 classes, ``temperature`` or ``epsilon`` not above 0, fewer than 1
@@ -390,7 +396,7 @@ def sinkhorn_distance(
         interval = _rounds_between_absorptions(cost, epsilon, even=True, spread=2.0)
         plan = _Scaling.apply(cost if plan_grad else cost.detach(), mass, mass, epsilon, num_iterations, interval, None)  # type: ignore[no-untyped-call]
         total = (plan * cost).sum()
-    if total.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(total.isfinite()):
+    if check_finite and total.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(total.isfinite()):
         for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
             if bad := int((~logits.isfinite()).sum()):
                 raise UserError(f"{where}: {name} has {bad} NaN or infinite values of {logits.numel()}.")

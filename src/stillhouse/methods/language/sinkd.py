@@ -109,6 +109,7 @@ class SinKD(KnowledgeDistillation):
             plan_grad=self.plan_grad,
             form=self.form,
             reduction=self.reduction,
+            check_finite=False,
         )
 
 
