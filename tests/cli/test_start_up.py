@@ -42,7 +42,11 @@ def test_the_index_is_fresh():
 
 def test_list_as_json_has_the_promised_keys():
     done = subprocess.run(
-        [sys.executable, "-m", "stillhouse.cli", "list", "--json"], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-m", "stillhouse.cli", "list", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     listed = json.loads(done.stdout)
     assert {"name", "family", "title", "arxiv", "year"} <= set(listed[0])

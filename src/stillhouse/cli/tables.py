@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -27,7 +28,7 @@ def methods_table(found: Sequence[Entry]) -> None:
 
 def result_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], console: Console | None = None) -> None:
     """Print a table of a run's result."""
-    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
     for number, column in enumerate(columns):
         table.add_column(escape(column), justify="left" if number == 0 else "right")
     for row in rows:
