@@ -11,19 +11,30 @@ from stillhouse.data.batch import Batch
 from stillhouse.data.batches import Batches, Stream
 from stillhouse.data.classic import Digits
 from stillhouse.data.dataset import Data, DataSpec, Split, load_data, read_spec
+from stillhouse.data.hub import HubData
+from stillhouse.data.images import FolderData
+from stillhouse.data.objects import ImportedData, ObjectData
 from stillhouse.data.pixels import PixelScale
+from stillhouse.data.tables import CSVData, JSONLData, ParquetData
 from stillhouse.facts import Facts
 
 __all__ = [
     "Augment",
     "Batch",
     "Batches",
+    "CSVData",
     "CropFlip",
     "Data",
     "DataSpec",
     "Digits",
     "Facts",
+    "FolderData",
+    "HubData",
+    "ImportedData",
+    "JSONLData",
     "NoAugment",
+    "ObjectData",
+    "ParquetData",
     "PixelScale",
     "Shift",
     "Split",
