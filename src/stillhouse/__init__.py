@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from stillhouse.front import distil
     from stillhouse.engine import Method, Result, Stage, Update
+    from stillhouse.front import distil
     from stillhouse.recipe import Recipe, load_recipe
     from stillhouse.registry import entries as methods
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stillhouse.engine import Listener, Result, Run, RunDirectory, Settings, World
+from stillhouse.engine import Listener, Result, Run, RunDirectory, World
 from stillhouse.errors import UserError, nearest
 from stillhouse.recipe import Recipe, build_recipe
 from stillhouse.registry import method_class

@@ -19,7 +19,6 @@ from stillhouse.registry import entries, method_class, recipes
 from stillhouse.spec import Spec, Tagged, read
 
 
-
 @dataclass(frozen=True)
 class Recipe:
     """A method with all its fields, the seed, and how the run is carried out.
@@ -110,10 +109,10 @@ def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, wh
     """
     raw = dict(values)
     cls = method_class(str(raw.get("method")))
-    whole: Any = create_model(
+    whole: Any = create_model(  # type: ignore[call-overload]
         f"{cls.__name__}Recipe",
         __base__=cls,
-        method=(Literal[cls.name], cls.name),
+        method=(str, cls.name),
         seed=(int, Field(0, ge=0)),
         run=(Settings, Settings()),
     )

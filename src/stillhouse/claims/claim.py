@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from stillhouse.front import run_recipe
 from stillhouse.engine import Listener
 from stillhouse.errors import UserError
+from stillhouse.front import run_recipe
 from stillhouse.recipe import build_recipe, load_recipe
 from stillhouse.report import environment
 

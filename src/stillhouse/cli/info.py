@@ -79,7 +79,7 @@ def _default(value: Any) -> str:
 def _type(annotation: Any) -> str:
     arguments = get_args(annotation)
     if not arguments:
-        return getattr(annotation, "noun", None) or getattr(annotation, "__name__", str(annotation))
+        return str(getattr(annotation, "noun", "") or getattr(annotation, "__name__", annotation))
     if all(isinstance(argument, str) for argument in arguments):
         return " | ".join(arguments)
     parts = [_type(argument) for argument in arguments if argument is not Ellipsis and argument is not type(None)]

@@ -9,7 +9,15 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 REFRESH = 0.1
 
@@ -60,7 +68,7 @@ class ProgressBar:
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Show the newest numbers beside the bar."""
-        shown = [f"{key.rpartition('/')[2] if key.count('/') == 1 else key} {value:.3g}" for key, value in row.items() if _shown(key, value)]
+        shown = [f"{key.rpartition('/')[2]} {value:.3g}" for key, value in row.items() if _shown(key, value)]
         if self.task is not None and shown:
             self.progress.update(self.task, completed=row["step"], terms=escape("  ".join(shown[:5])))
 

@@ -15,10 +15,10 @@ from rich.markup import escape
 
 from stillhouse.cli.progress import ProgressBar
 from stillhouse.cli.tables import result_table
-from stillhouse.front import run_recipe
 from stillhouse.engine import Interrupted, Result, Signals, World
 from stillhouse.engine.storage import write_text
 from stillhouse.errors import UserError
+from stillhouse.front import run_recipe
 from stillhouse.models import ModelSpec, count_parameters
 from stillhouse.recipe import Recipe, load_recipe
 from stillhouse.report import build, environment
@@ -30,7 +30,9 @@ def start(source: str, overrides: Sequence[str], *, out: Path | None, seed: int 
     world = World.start(recipe.settings.device)
     directory = world.from_main(out or _free(Path("runs") / recipe.method.name))
     if world.is_main and (directory / "recipe.yaml").exists() and directory != Path(source).parent:
-        raise UserError(f"{directory} already holds a run; continue it with 'stillhouse resume {directory}', or choose another --out.")
+        raise UserError(
+            f"{directory} already holds a run; continue it with 'stillhouse resume {directory}', or choose another --out."
+        )
     _go(recipe, directory, world, cache=cache)
 
 
@@ -74,7 +76,8 @@ def _go(recipe: Recipe, directory: Path, world: World, *, cache: bool) -> None:
     console = Console(quiet=not world.is_main)
     signals = Signals()
     _stop_on_signals(signals)
-    console.print(f"[bold]{recipe.method.name}[/bold] in {escape(str(directory))} (seed {recipe.seed}, {world.device})", highlight=False)
+    where = f"{escape(str(directory))} (seed {recipe.seed}, {world.device})"
+    console.print(f"[bold]{recipe.method.name}[/bold] in {where}", highlight=False)
     if world.is_main:
         write_text(directory / "run.json", json.dumps(_about(recipe, cache), indent=2) + "\n")
     try:

@@ -19,10 +19,8 @@ def methods_table(found: Sequence[Entry]) -> None:
     for column in ("name", "family", "year", "arXiv", "what it is for"):
         table.add_column(column, no_wrap=column != "what it is for")
     for entry in found:
-        year = str(entry["year"] or "")
-        table.add_row(
-            entry["name"], entry["family"] + (" (classic)" if entry["classic"] else ""), year, entry["arxiv"], escape(entry["summary"])
-        )
+        family = entry["family"] + (" (classic)" if entry["classic"] else "")
+        table.add_row(entry["name"], family, str(entry["year"] or ""), entry["arxiv"], escape(entry["summary"]))
     Console().print(table)
 
 

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from stillhouse.data.dataset import Carving, Data, ImageSpec
@@ -18,7 +17,7 @@ from stillhouse.data.sources import MEMORY_LIMIT, InMemory, Rows, Source, settle
 from stillhouse.data.tables import SPLIT_NAMES
 from stillhouse.errors import UserError
 
-SUFFIXES = frozenset(".png .jpg .jpeg .bmp .webp .gif .tif .tiff .ppm .pgm".split())
+SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"])
 
 
 def as_bytes(image: Any, channels: int | None = None, size: int | None = None) -> Tensor:

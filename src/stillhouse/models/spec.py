@@ -37,7 +37,7 @@ class ModelSpec(Tagged):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "build" in cls.__dict__:
-            cls.build = _remembering(cls.build)  # type: ignore[method-assign]
+            cls.build = _remembering(cls.build)  # type: ignore[method-assign, assignment]
 
     def build(self, facts: Facts) -> nn.Module:
         """A module in training mode for data with these facts; random weights draw from torch's global generator.

@@ -23,13 +23,10 @@ SPLITS = ("validation", "test", "train", "val", "valid", "eval")
 """First parts of the names of measurements; no update is called so."""
 
 HIGHER = frozenset(
-    "acc accuracy agreement alignment ap auc auroc bleu clip compactness completeness correlation coverage dci"
-    " disentanglement em explicitness f1 fidelity infomec informativeness ir map mig mrr ndcg nmi ari pearson precision"
-    " psnr purity r2 recall rouge score similarity spearman ssim top1 top5 utility".split()
+    ["acc", "accuracy", "agreement", "alignment", "ap", "auc", "auroc", "bleu", "clip", "compactness", "completeness", "correlation", "coverage", "dci", "disentanglement", "em", "explicitness", "f1", "fidelity", "infomec", "informativeness", "ir", "map", "mig", "mrr", "ndcg", "nmi", "ari", "pearson", "precision", "psnr", "purity", "r2", "recall", "rouge", "score", "similarity", "spearman", "ssim", "top1", "top5", "utility"]
 )
 LOWER = frozenset(
-    "bpc bpd brier bytes ce cer cost distance ece eer energy error exposure fid gap hter kid kl latency leakage loss"
-    " lpips mae mcd memory mmd mse nll parameters perplexity ppl regret rmse seconds ter time variation wer".split()
+    ["bpc", "bpd", "brier", "bytes", "ce", "cer", "cost", "distance", "ece", "eer", "energy", "error", "exposure", "fid", "gap", "hter", "kid", "kl", "latency", "leakage", "loss", "lpips", "mae", "mcd", "memory", "mmd", "mse", "nll", "parameters", "perplexity", "ppl", "regret", "rmse", "seconds", "ter", "time", "variation", "wer"]
 )
 
 
@@ -49,9 +46,10 @@ class Term:
 
     @property
     def weight(self) -> float:
-        """Its weight at the end (1 where the last value is 0 and so does not tell)."""
-        value, weighted = self.values[-1][1], self.weighted[-1][1]
-        return weighted / value if value else 1.0
+        """Its weight at the end, from the last value that is not 0 (1 where all are)."""
+        pairs = zip(reversed(self.values), reversed(self.weighted), strict=True)
+        ratios = (weighted / value for (_, value), (_, weighted) in pairs if value and math.isfinite(value))
+        return next(ratios, 1.0)
 
 
 @dataclass
@@ -207,16 +205,21 @@ def _stages(path: Path, prefix: str = "") -> tuple[list[StageLog], int]:
     rows, damaged = _rows(path / "metrics.jsonl")
     signatures = {str(item.get("name")): item for item in _yields(path)}
     over = (path / "metrics.json").exists()
-    found: list[StageLog] = []
-    for name in dict.fromkeys(str(row["stage"]) for row in rows):
-        own = [row for row in rows if str(row["stage"]) == name]
-        found.append(_stage(path, name, own, signatures.get(name, {}), over=over))
-        found[-1].name = prefix + name
+    order = list(signatures)
+    found: list[tuple[int, StageLog]] = []
+    by_stage: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_stage.setdefault(str(row["stage"]), []).append(row)
+    for name, own in by_stage.items():
+        stage = _stage(path, name, own, signatures.get(name, {}), over=over)
+        stage.name = prefix + name
+        found.append((order.index(name) if name in signatures else len(order), stage))
     for nested in sorted((path / "subruns").glob("*/metrics.jsonl")):
-        inner, broken = _stages(nested.parent, f"{prefix}{nested.parent.name} / ")
-        found = inner + found
+        name = nested.parent.name
+        inner, broken = _stages(nested.parent, f"{prefix}{name} / ")
+        found += [(order.index(name) if name in signatures else -1, stage) for stage in inner]
         damaged += broken
-    return found, damaged
+    return [stage for _, stage in sorted(found, key=lambda pair: pair[0])], damaged
 
 
 def _stage(path: Path, name: str, rows: list[dict[str, Any]], signature: Mapping[str, Any], *, over: bool) -> StageLog:
