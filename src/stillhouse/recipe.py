@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 from pydantic import Field, create_model
 from ruamel.yaml import YAML
@@ -117,7 +117,7 @@ def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, wh
         run=(Settings, Settings()),
     )
     for override in overrides:
-        _override(whole, raw, override)
+        _override(cast("type[Spec]", whole), raw, override)
     validated = read(whole, raw, where=where)
     fields = {name: getattr(validated, name) for name in cls.model_fields}
     return Recipe(method=cls.model_construct(**fields), seed=validated.seed, settings=validated.run, source=where)

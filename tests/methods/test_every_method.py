@@ -1,0 +1,71 @@
+"""What every method owes: its small recipe runs, two equal runs are equal, and stopping anywhere changes nothing."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from stillhouse.engine import Interrupted, Signals, Silent
+from stillhouse.front import run_recipe
+from stillhouse.recipe import load_recipe
+from stillhouse.registry import INDEX
+
+# The small recipes, made tiny. A method that is missing here fails the test below.
+TINY = {
+    "kd": ["epochs=1", "teacher.epochs=1", "student.channels=[4, 4]", "teacher.model.channels=[8]"],
+    "sinkd": ["epochs=1", "teacher.epochs=1", "student.channels=[4, 4]", "teacher.model.channels=[8]"],
+    "supervised": ["epochs=1", "model.channels=[4, 4]"],
+}
+NAMES = [entry["name"] for entry in json.loads(INDEX.read_text())]
+
+
+class Stopper(Silent):
+    """Asks the run to stop at one step of each stage, the first time it comes by."""
+
+    def __init__(self, signals, seed):
+        self.signals, self.random, self.at, self.seen, self.name = signals, random.Random(seed), {}, set(), ""
+
+    def stage(self, name, steps, done):
+        self.name = name
+        self.at.setdefault(name, self.random.randrange(1, max(2, steps)))
+
+    def step(self, step):
+        if self.name not in self.seen and step >= self.at[self.name]:
+            self.seen.add(self.name)
+            self.signals.stop = True
+
+
+def tiny(name):
+    return load_recipe(name, [*TINY[name], "run.device=cpu", "run.log_every=3", "run.threads=1"], seed=1)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    kept = [directory / "metrics.jsonl", directory / "metrics.json", *sorted(directory.glob("result/**/*.safetensors"))]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in kept}
+
+
+def test_every_method_has_a_tiny_form():
+    assert set(TINY) == set(NAMES), "a method without a tiny form is a method without these tests"
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_a_run_that_is_stopped_everywhere_equals_a_straight_one(name, tmp_path):
+    recipe = tiny(name)
+    straight = run_recipe(recipe, tmp_path / "straight", cache=False)
+    assert straight.artefacts
+    assert straight.metrics
+    assert all(isinstance(value, float) for value in straight.metrics.values())
+
+    signals = Signals()
+    stopper = Stopper(signals, seed=name)
+    stops = 0
+    for _ in range(20):
+        try:
+            run_recipe(recipe, tmp_path / "stopped", cache=False, listener=stopper, signals=signals)
+            break
+        except Interrupted:
+            stops += 1
+            signals.stop = False
+    assert stops >= 1
+    assert files(tmp_path / "stopped") == files(tmp_path / "straight")
