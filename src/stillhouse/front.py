@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from stillhouse.data import ObjectData
 from stillhouse.engine import Listener, Result, Run, RunDirectory, World
 from stillhouse.errors import UserError, nearest
 from stillhouse.recipe import Recipe, build_recipe
@@ -58,7 +59,8 @@ def distil(
             raise UserError("validation and test data were given without training data; pass it as data=.")
         data = {"train": data} | {k: v for k, v in (("validation", validation), ("test", test)) if v is not None}
     if data is not None:
-        values["data"] = data
+        # A mapping of tensors or splits is an object, unlike a mapping that writes a spec.
+        values["data"] = ObjectData.from_object(data) if isinstance(data, dict) and "kind" not in data else data
     recipe = build_recipe(values, where=method)
     if out is not None:
         return run_recipe(recipe, Path(out), cache=cache, listener=listener)

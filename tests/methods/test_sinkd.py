@@ -11,9 +11,11 @@ from stillhouse import losses
 from stillhouse.data import Batch, load_data
 from stillhouse.engine import Modules, Run, RunDirectory
 from stillhouse.errors import UserError
+from stillhouse.front import run_recipe
 from stillhouse.methods.knowledge.kd import KD
 from stillhouse.methods.language.sinkd import SinKD, transport_over_positions
 from stillhouse.models import fingerprint
+from stillhouse.recipe import load_recipe
 
 TEACHER = {"kind": "trained", "model": {"kind": "cnn", "channels": [8, 8]}, "epochs": 1}
 SMALL = {"data": "digits", "teacher": TEACHER, "student": {"kind": "cnn", "channels": [4, 4]}, "epochs": 1}
@@ -219,3 +221,38 @@ def test_the_result_is_the_student_alone_and_loads_again(tmp_path):
     assert fingerprint(again) == fingerprint(result.student)
     again = sh.distil("sinkd", **SMALL, out=tmp_path / "run")
     assert fingerprint(again.student) == fingerprint(result.student), "continuing a finished run loads it"
+
+
+def test_the_paper_recipe_trains_with_local_stand_ins_for_the_hub(tmp_path):
+    """The real recipe with its hub ids exchanged for directories of the same formats: tokenised text, BERTs, bf16."""
+    datasets = pytest.importorskip("datasets")
+    transformers = pytest.importorskip("transformers")
+    rows = {
+        "sentence": [f"a {'fine' if i % 2 else 'dull'} film {i}" for i in range(64)],
+        "label": [i % 2 for i in range(64)],
+    }
+    features = datasets.Features(sentence=datasets.Value("string"), label=datasets.ClassLabel(names=["neg", "pos"]))
+    hidden = {"sentence": rows["sentence"], "label": [-1] * 64}
+    splits = {"train": rows, "validation": rows, "test": hidden}
+    made = datasets.DatasetDict({k: datasets.Dataset.from_dict(v, features=features) for k, v in splits.items()})
+    made.save_to_disk(tmp_path / "sst2")
+    for name, layers in (("teacher", 2), ("student", 1)):
+        config = transformers.BertConfig(
+            vocab_size=300, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=16
+        )
+        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / name)
+    overrides = [
+        f"data.path={tmp_path / 'sst2'}",
+        "data.config=null",
+        "data.tokenizer=bytes",
+        "data.max_length=24",
+        f"teacher=hf:{tmp_path / 'teacher'}",
+        f"student=hf:{tmp_path / 'student'}",
+        "compare_alone=false",
+        "run.device=cpu",
+    ]
+    recipe = load_recipe("sinkd/paper", overrides)
+    result = run_recipe(recipe, tmp_path / "run")
+    assert 0 <= result.metrics["test/student/accuracy"] <= 1
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "result" / "student")
+    assert fingerprint(again) == fingerprint(result.student)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stillhouse.errors import UserError
 
 # Keys of a batch that describe samples and are not model inputs, for batches without an `inputs` of their own.
-_NOT_INPUTS = frozenset({"labels", "index"})
+_NOT_INPUTS = frozenset({"labels", "index", "weight", "sources"})
 _DECODER_INPUTS = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
 
 # (class, batch keys, whether labels are there) -> names passed by keyword, or one of the two below.
@@ -35,7 +35,7 @@ def forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
     if inputs is None:
         inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
     # A compiled wrapper hides the signature of the module inside.
-    inner = module._modules.get("_orig_mod", module)
+    inner = module._modules.get("_orig_mod") or module
     key = (type(inner), tuple(inputs), "labels" in batch)
     plan = _PLANS.get(key)
     if plan is None:

@@ -116,15 +116,8 @@ class ConvNetSpec(NetworkSpec):
                 f"The model 'convnet' of depth {self.depth} halves images of {height}x{width} to nothing; "
                 f"a depth of at most {side.bit_length() - 1} fits, or pooling 'none'."
             )
-        return ConvNet(
-            (channels, height, width),
-            self.outputs(facts),
-            self.width,
-            self.depth,
-            self.norm,
-            self.activation,
-            self.pooling,
-        )
+        image, outputs = (channels, height, width), self.outputs(facts)
+        return ConvNet(image, outputs, self.width, self.depth, self.norm, self.activation, self.pooling)
 
 
 class CNN(nn.Module):

@@ -85,14 +85,8 @@ class HubSpec(ModelSpec):
                     module = module.to(getattr(torch, self.dtype))
             else:
                 dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
-                module = auto.from_pretrained(
-                    source,
-                    config=config,
-                    revision=self.revision,
-                    dtype=dtype,
-                    ignore_mismatched_sizes=resized,
-                    **loading,
-                )
+                loading |= {"revision": self.revision, "dtype": dtype, "ignore_mismatched_sizes": resized}
+                module = auto.from_pretrained(source, config=config, **loading)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
             raise UserError(f"The model {self._shown()} could not be made: {reason}.") from error
@@ -130,7 +124,7 @@ class HubSpec(ModelSpec):
                     raise UserError(f"There is no config file {self.config!r}; give a path to a config.json.")
                 if "model_type" not in json.loads(path.read_text(encoding="utf-8")):
                     raise UserError(
-                        f"The config file {self.config!r} has no 'model_type'; it is not one of transformers."
+                        f"The config file {self.config!r} has no 'model_type', such as 'bert'."
                     )
                 where = str(path.parent) if path.name == "config.json" else str(path)
             config = library.AutoConfig.from_pretrained(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Self
 
 from jaxtyping import Float
@@ -45,7 +46,7 @@ class MLP(nn.Module):
                         dropout=nn.Dropout(dropout),
                     )
                 )
-                for before, after in zip(sizes, sizes[1:], strict=False)
+                for before, after in pairwise(sizes)
             )
         )
         self.classifier = classifier(sizes[-1], outputs)

@@ -174,12 +174,11 @@ class ResNetSpec(NetworkSpec):
         if (self.depth - 2) % 6:
             below = self.depth - (self.depth - 2) % 6
             raise ValueError(
-                f"'depth' is 6n + 2, so {below} or {below + 6}, not {self.depth}; the networks of 18, 34, 50, 101 and 152 "
-                f"layers are of the kind 'imagenet-resnet'"
+                f"'depth' is 6n + 2, so {below} or {below + 6}, not {self.depth}; "
+                f"18, 34, 50, 101 and 152 are depths of the kind 'imagenet-resnet'"
             )
-        if self.shortcut == "pad" and list((self.stem_width or self.widths[0], *self.widths)) != sorted(
-            (self.stem_width or self.widths[0], *self.widths)
-        ):
+        widths = [self.stem_width or self.widths[0], *self.widths]
+        if self.shortcut == "pad" and widths != sorted(widths):
             raise ValueError("shortcut 'pad' adds channels: 'stem_width' and 'widths' may not decrease")
         return self
 
@@ -207,7 +206,7 @@ class ImageNetResNetSpec(NetworkSpec):
     depth: Literal[18, 34, 50, 101, 152] = 18
     """Layers with weights."""
     stem: Stem | None = None
-    """First layers. None: 'cifar' (one 3x3 convolution) for images below 96 pixels, else 'imagenet' (7x7 and pooling)."""
+    """First layers: 'cifar' is one 3x3 convolution, 'imagenet' a strided 7x7 and pooling. None: 'cifar' below 96 pixels."""
     width: int = Field(default=64, ge=1)
     """Channels of the first stage; each later stage doubles them."""
 

@@ -37,7 +37,7 @@ class ImportSpec(ModelSpec):
     def build(self, facts: Facts) -> nn.Module:
         factory = self._factory()
         try:
-            parameters = inspect.signature(factory).parameters
+            parameters = dict(inspect.signature(factory).parameters)
         except ValueError:  # a builtin without a signature
             parameters = {}
         arguments = dict(self.arguments)
@@ -61,9 +61,8 @@ class ImportSpec(ModelSpec):
         try:
             found: Any = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
-            where = (
-                "it is not installed nor on the Python path" if module_name.startswith(f"{error.name}") else str(error)
-            )
+            absent = error.name is not None and f"{module_name}.".startswith(f"{error.name}.")
+            where = "it is not on the Python path" if absent else str(error)
             raise UserError(f"The model {self.path!r} cannot be imported: {where}.") from error
         for name in qualified.split("."):
             if not hasattr(found, name):

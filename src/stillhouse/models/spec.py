@@ -82,7 +82,8 @@ class NetworkSpec(ModelSpec):
         if facts.task == "regression":
             return 1
         raise UserError(
-            f"The model {self.kind!r} cannot size its output: the data has no classes; set 'num_outputs' (0 gives the features)."
+            f"The model {self.kind!r} cannot size its output, as the data has no classes; set 'num_outputs' "
+            f"(0 gives the features)."
         )
 
     def image(self, facts: Facts) -> tuple[int, int, int]:
@@ -90,7 +91,8 @@ class NetworkSpec(ModelSpec):
         shape = facts.inputs.get("pixel_values", facts.input_shape)
         if len(shape) != 3:
             raise UserError(
-                f"The model {self.kind!r} takes images (channels, height, width), not inputs of shape {tuple(shape)}; use 'mlp' for vectors."
+                f"The model {self.kind!r} takes images (channels, height, width), not inputs of shape {tuple(shape)}; "
+                f"use 'mlp' for vectors."
             )
         channels, height, width = shape
         return channels, height, width

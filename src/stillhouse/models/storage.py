@@ -159,8 +159,8 @@ def _unique(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(
-                f"{name!r} of {type(module).__name__} is a {type(value).__name__} and not a tensor, which a safetensors "
-                f"file cannot hold; keep it in a buffer."
+                f"{name!r} of {type(module).__name__} is a {type(value).__name__} and not a tensor, which a safetensors file "
+                f"cannot hold; keep it in a buffer."
             )
         memory = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
         if value.numel() and memory in kept_as:
@@ -192,8 +192,8 @@ def _load_state(module: nn.Module, state: dict[str, Tensor], weights: Path) -> N
             raise UserError(f"{str(weights)!r} has no {name!r}, which {name_of} needs; it belongs to another model.")
         if expected[name].shape != state[name].shape:
             raise UserError(
-                f"{name!r} has the shape {tuple(state[name].shape)} in {str(weights)!r} and {tuple(expected[name].shape)} "
-                f"in {name_of}; the model was built for other data or from another spec."
+                f"{name!r} has the shape {tuple(state[name].shape)} in {str(weights)!r} and "
+                f"{tuple(expected[name].shape)} in {name_of}; the model was built for other data or from another spec."
             )
     for name in state:
         if name not in expected:

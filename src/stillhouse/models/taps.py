@@ -130,8 +130,7 @@ class Taps:
         for path, kept in read.items():
             if not kept:
                 raise UserError(
-                    f"The tap {path!r} read nothing: run the model before taking, and tap modules that its forward pass "
-                    f"calls."
+                    f"The tap {path!r} read nothing; run the model before taking, and tap only modules that it calls."
                 )
             if any(version is not None and tensor._version != version for tensor, version in kept):
                 raise UserError(

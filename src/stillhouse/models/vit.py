@@ -110,8 +110,8 @@ class ViT(nn.Module):
         tokens = self.patch_embedding(x).flatten(2).transpose(1, 2)
         if self.class_token is not None:
             tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        tokens = self.norm(self.blocks(self.dropout(tokens + self.position)))
-        return tokens
+        normalized: Tensor = self.norm(self.blocks(self.dropout(tokens + self.position)))
+        return normalized
 
     def features(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
         """The class token, or the mean of the tokens."""

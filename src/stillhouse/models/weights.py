@@ -52,7 +52,7 @@ def fingerprint(module: nn.Module) -> str:
 
 def _digest(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).digest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -89,13 +89,13 @@ def _reset(module: nn.Module, path: str, seen: set[nn.Module]) -> None:
     if module in seen:
         return
     seen.add(module)
-    if hasattr(module, "_from_config") and hasattr(module, "config"):
-        fresh = type(module)._from_config(copy.deepcopy(module.config))  # type: ignore[operator]
-        module.load_state_dict(fresh.state_dict())
+    from_config = getattr(type(module), "_from_config", None)
+    if from_config is not None:
+        module.load_state_dict(from_config(copy.deepcopy(module.config)).state_dict())
         return
     if parametrize.is_parametrized(module):
         raise UserError(
-            f"{path or type(module).__name__!r} is parametrized, so its weights cannot be drawn anew; remove the parametrization first."
+            f"{path or 'The model'!r} is parametrized, so its weights cannot be drawn anew; remove the parametrization."
         )
     for name, child in module.named_children():
         _reset(child, f"{path}.{name}" if path else name, seen)
@@ -104,8 +104,8 @@ def _reset(module: nn.Module, path: str, seen: set[nn.Module]) -> None:
         reset()
     elif any(True for _ in module.parameters(recurse=False)):
         raise UserError(
-            f"{path or 'The model'!r} ({type(module).__name__}) has parameters and no reset_parameters(); add that method "
-            f"so that they can be drawn anew."
+            f"{path or 'The model'!r} ({type(module).__name__}) has parameters and no reset_parameters(); "
+            f"add that method so that they can be drawn anew."
         )
 
 
