@@ -26,7 +26,7 @@ claim = Claim(
             "epochs": 5,
         },
         "student": STUDENT,
-        "optimizer": {"name": "sgd", "lr": 0.05, "schedule": "cosine"},
+        "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "schedule": "cosine"},
         "epochs": 30,
         "batch_size": 64,
         "temperature": 2.0,

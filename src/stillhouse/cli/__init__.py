@@ -49,9 +49,9 @@ def list_methods(
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    from stillhouse.cli.tables import methods_table
+    from stillhouse.cli.listing import show
 
-    methods_table(found)
+    show(found)
 
 
 @app.command()

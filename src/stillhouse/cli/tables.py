@@ -10,19 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stillhouse.registry import Entry
-
-
-def methods_table(found: Sequence[Entry]) -> None:
-    """Print the list of methods."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("name", "family", "year", "arXiv", "what it is for"):
-        table.add_column(column, no_wrap=column != "what it is for")
-    for entry in found:
-        family = entry["family"] + (" (classic)" if entry["classic"] else "")
-        table.add_row(entry["name"], family, str(entry["year"] or ""), entry["arxiv"], escape(entry["summary"]))
-    Console().print(table)
-
 
 def result_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], console: Console | None = None) -> None:
     """Print a table of a run's result."""

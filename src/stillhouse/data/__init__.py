@@ -6,38 +6,47 @@
 torch.Size([32, 1, 8, 8])
 """
 
-from stillhouse.data.augment import Augment, CropFlip, NoAugment, Shift
+from stillhouse.data.augment import Augment, CropFlip, Kornia, NoAugment, Shift
 from stillhouse.data.batch import Batch
 from stillhouse.data.batches import Batches, Stream
-from stillhouse.data.classic import Digits
+from stillhouse.data.classic import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST
 from stillhouse.data.dataset import Data, DataSpec, Split, load_data, read_spec
 from stillhouse.data.hub import HubData
 from stillhouse.data.images import FolderData
 from stillhouse.data.objects import ImportedData, ObjectData
 from stillhouse.data.pixels import PixelScale
+from stillhouse.data.procedural import DSprites, Scenes, Sprites
 from stillhouse.data.tables import CSVData, JSONLData, ParquetData
 from stillhouse.facts import Facts
 
 __all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "MNIST",
     "Augment",
     "Batch",
     "Batches",
     "CSVData",
     "CropFlip",
+    "DSprites",
     "Data",
     "DataSpec",
     "Digits",
     "Facts",
+    "FashionMNIST",
     "FolderData",
     "HubData",
     "ImportedData",
     "JSONLData",
+    "Kornia",
     "NoAugment",
     "ObjectData",
     "ParquetData",
     "PixelScale",
+    "Scenes",
     "Shift",
     "Split",
+    "Sprites",
     "Stream",
     "load_data",
     "read_spec",

@@ -99,6 +99,8 @@ class Stream:
         self._order = torch.empty(0, dtype=torch.long)
         self._loader: Iterator[dict[str, Tensor]] | None = None
         self._stored = self.split.on(device, batches.fields)
+        self._stored_on = next(iter(self._stored.values())).device if self._stored else device
+        self._count, self._global_size = batches.count, batches.global_size(world)
 
     @property
     def epoch(self) -> int:
@@ -114,7 +116,7 @@ class Stream:
         else:
             epoch, step = divmod(self.position, self.per_epoch)
             if epoch != self._order_epoch:
-                self._order = self._permutation(epoch).to(next(iter(self._stored.values())).device)
+                self._order = self._permutation(epoch).to(self._stored_on)
                 self._order_epoch = epoch
             index = self._order[self._slice(step)]
             stored = {name: tensor.index_select(0, index) for name, tensor in self._stored.items()}
@@ -164,9 +166,8 @@ class Stream:
 
     def _slice(self, step: int) -> slice:
         """This process's part of the step-th global batch within the epoch's order."""
-        size = self.batches.global_size(self.world)
-        start = step * size
-        size = min(size, self.batches.count - start)
+        start = step * self._global_size
+        size = min(self._global_size, self._count - start)
         return slice(start + size * self.rank // self.world, start + size * (self.rank + 1) // self.world)
 
     def _streamed(self) -> dict[str, Tensor]:

@@ -282,7 +282,7 @@ class CIFAR100(LocalImages):
 
     def read(self, files: Files) -> tuple[dict[str, tuple[Tensor, Tensor]], Sequence[str]] | None:
         fine = self.labels == "fine"
-        class_names = FINE if fine else COARSE
+        class_names = (FINE_NAMES if fine else COARSE_NAMES).split()
         contents = _binary(files, self.archive, ["train.bin", "test.bin"])
         if contents is not None:
             images, labels = _records(contents, label_bytes=2)
@@ -312,7 +312,9 @@ def _binary(files: Files, archive: str, names: Sequence[str]) -> list[bytes] | N
             extracted = [tar.extractfile(members[name]) for name in names]
             return [member.read() for member in extracted if member is not None]
     except (tarfile.TarError, KeyError, OSError, EOFError, zlib.error):
-        raise UserError(f"{files.find(archive)} is not a readable archive of {', '.join(names)}; get it again.") from None
+        raise UserError(
+            f"{files.find(archive)} is not a readable archive of {', '.join(names)}; get it again."
+        ) from None
 
 
 def _records(contents: Sequence[bytes], label_bytes: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -320,13 +322,27 @@ def _records(contents: Sequence[bytes], label_bytes: int) -> tuple[list[Tensor],
     for content in contents:
         size = label_bytes + 3072
         if not content or len(content) % size:
-            raise UserError(f"A CIFAR file holds records of {size} bytes, and {len(content)} bytes are no whole number.")
+            raise UserError(
+                f"A CIFAR file holds records of {size} bytes, and {len(content)} bytes are no whole number."
+            )
         records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, size)
         images.append(records[:, label_bytes:].reshape(-1, 3, 32, 32))
         labels.append(records[:, :label_bytes])
     return images, labels
 
 
-FINE = ["apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl", "boy", "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle", "chair", "chimpanzee", "clock", "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur", "dolphin", "elephant", "flatfish", "forest", "fox", "girl", "hamster", "house", "kangaroo", "keyboard", "lamp", "lawn_mower", "leopard", "lion", "lizard", "lobster", "man", "maple_tree", "motorcycle", "mountain", "mouse", "mushroom", "oak_tree", "orange", "orchid", "otter", "palm_tree", "pear", "pickup_truck", "pine_tree", "plain", "plate", "poppy", "porcupine", "possum", "rabbit", "raccoon", "ray", "road", "rocket", "rose", "sea", "seal", "shark", "shrew", "skunk", "skyscraper", "snail", "snake", "spider", "squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone", "television", "tiger", "tractor", "train", "trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm"]
-
-COARSE = ["aquatic_mammals", "fish", "flowers", "food_containers", "fruit_and_vegetables", "household_electrical_devices", "household_furniture", "insects", "large_carnivores", "large_man-made_outdoor_things", "large_natural_outdoor_scenes", "large_omnivores_and_herbivores", "medium_mammals", "non-insect_invertebrates", "people", "reptiles", "small_mammals", "trees", "vehicles_1", "vehicles_2"]
+FINE_NAMES = (
+    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle"
+    " caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant"
+    " flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man"
+    " maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree"
+    " plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper"
+    " snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train"
+    " trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+)
+COARSE_NAMES = (
+    "aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices"
+    " household_furniture insects large_carnivores large_man-made_outdoor_things large_natural_outdoor_scenes"
+    " large_omnivores_and_herbivores medium_mammals non-insect_invertebrates people reptiles small_mammals trees"
+    " vehicles_1 vehicles_2"
+)

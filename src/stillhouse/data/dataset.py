@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -303,6 +303,12 @@ class DataSpec(Tagged):
     train_size: int | None = Field(None, ge=1)
     """Train on the first so many samples of a fixed class-balanced order; all by default."""
 
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        if isinstance(value, dict) and _holds_objects(value):
+            return cls.members["object"].from_object(value)  # type: ignore[return-value]
+        return super().parse(value)
+
     def load(self) -> Data:
         """Read the data.
 
@@ -356,36 +362,39 @@ class DataSpec(Tagged):
         return Data(self.title, facts, splits, self.content_hash(*sums), scale)
 
 
-class ImageSpec(DataSpec):
-    """A data set of images that this package reads itself."""
+class PixelSpec(DataSpec):
+    """A data set of images."""
 
     pixels: PixelSpace = "standard"
     """Pixels a model sees: mean 0 and deviation 1 per channel over the training split, in [0, 1], or in [-1, 1]."""
+
+    def scale_of(self, train: Source, levels: float = 255) -> PixelScale:
+        """The pixel scale, measured on the whole training split before ``train_size`` cuts it.
+
+        So a teacher trained on all and a student trained on few samples see the same pixels. Of a split that is not in
+        memory, 2048 samples of a fixed shuffle are measured.
+        """
+        if isinstance(train, Memory):
+            images = train.tensors["pixel_values"]
+        else:
+            images = train.fetch(balanced_order(None, len(train), "scale")[:2048])["pixel_values"]
+        return PixelScale.of(self.pixels, images, levels)
+
+
+class ImageSpec(PixelSpec):
+    """A data set of images that can be brought to a size."""
+
     image_size: int | None = Field(None, ge=4)
     """Side of the square images: a small black frame (28 to 32), else a resize; as stored by default."""
 
     def sized(self, part: Mapping[str, Tensor], levels: float = 255) -> dict[str, Tensor]:
-        """Samples with their images (0 .. ``levels``) as bytes of 256 levels and at ``image_size``."""
+        """Samples with their images at ``image_size``; where that is a change, as bytes of 256 levels."""
         images = part["pixel_values"]
         if self.image_size is None or images.shape[-2:] == (self.image_size,) * 2:
             return dict(part)
         if levels != 255:
             images = (images.float() * (255 / levels)).round().to(torch.uint8)
         return {**part, "pixel_values": at_size(images, self.image_size, 255)}
-
-    def scale_of(self, train: Source | Mapping[str, Tensor], levels: float = 255) -> PixelScale:
-        """The pixel scale, measured on the whole training split before ``train_size`` cuts it.
-
-        So a teacher trained on all and a student trained on few samples see the same pixels. Of a split that is not in
-        memory, 2048 samples of the fixed class-balanced order are measured.
-        """
-        if isinstance(train, Source):
-            count = len(train)
-            order = balanced_order(train.labels, count, "scale")[:2048] if not isinstance(train, Memory) else None
-            images = train.tensors["pixel_values"] if order is None else train.fetch(order)["pixel_values"]
-        else:
-            images = train["pixel_values"]
-        return PixelScale.of(self.pixels, images, levels)
 
 
 class Carving(DataSpec):
@@ -432,6 +441,15 @@ def read_spec(value: Any, *, where: str = "") -> DataSpec:
     holder = read(_Holder, {"data": value}, where=where)
     spec: DataSpec = holder.data
     return spec
+
+
+def _holds_objects(value: Any) -> bool:
+    """Whether a dict is data itself (tensors or data sets by name) and no description."""
+    if isinstance(value, dict) and type(value) is dict:
+        return "kind" not in value and any(map(_holds_objects, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_objects, value))
+    return not isinstance(value, str | int | float | bool | None)
 
 
 class _Holder(Spec):

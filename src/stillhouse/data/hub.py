@@ -69,9 +69,10 @@ class HubFields(TextFields, ImageSpec, Carving):
         taken = set(self.splits.values())
         parts = {}
         for ours, names in SPLIT_NAMES.items():
-            theirs = self.splits.get(ours) or next((n for n in names if n in found and n not in taken), None)
-            if theirs is not None:
-                parts[ours] = found[theirs]
+            own = [name for name in names if name in found and name not in taken]
+            chosen = self.splits.get(ours, own[0] if own else None)
+            if chosen is not None:
+                parts[ours] = found[chosen]
         if "train" not in parts and len(found) == 1:
             parts["train"] = next(iter(found.values()))
         if "train" not in parts:
@@ -227,7 +228,9 @@ class HubData(HubFields):
             if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
                 found = datasets.load_from_disk(str(local))
             else:
-                found = datasets.load_dataset(str(local) if local.is_dir() else self.path, self.config, revision=self.revision)
+                found = datasets.load_dataset(
+                    str(local) if local.is_dir() else self.path, self.config, revision=self.revision
+                )
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise UserError(f"The data set {self.title!r} could not be read: {first}.") from None

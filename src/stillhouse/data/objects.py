@@ -191,7 +191,7 @@ def check(value: Any) -> None:
         return
     if isinstance(value, tuple | list) and 1 <= len(value) <= 2 and all(map(_is_array, value)):
         return
-    raise ValueError(f"data as an object is {ACCEPTED}, not {type(value).__name__}")
+    raise ValueError(f"data is text, a mapping with 'kind', {ACCEPTED}, not {type(value).__name__}")
 
 
 def by_split(value: Any) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def by_split(value: Any) -> dict[str, Any]:
 def source_of(value: Any, image_size: int | None) -> Source:
     """The samples of one part."""
     if isinstance(value, Mapping):
-        tensors = {RENAMED.get(name, name): tensor_of(array) for name, array in value.items()}
+        tensors = {renamed(name): tensor_of(array) for name, array in value.items()}
         if "inputs" in tensors:
             inputs = tensors.pop("inputs")
             tensors = {input_name(inputs[0]): inputs, **tensors}
@@ -257,7 +257,7 @@ class DatasetRows(Rows):
     def row(self, position: int) -> dict[str, Tensor]:
         item = self.dataset[position]
         if isinstance(item, Mapping):
-            named = {RENAMED.get(name, name): _value_of(value) for name, value in item.items()}
+            named = {renamed(name): _value_of(value) for name, value in item.items()}
             if "inputs" in named:
                 inputs = named.pop("inputs")
                 named = {input_name(inputs): inputs, **named}
@@ -279,9 +279,12 @@ class DatasetRows(Rows):
             for seed in (1, 2):
                 generators.seed(seed)
                 seen.append([self.row(place) for place in places])
-        return any(
-            not torch.equal(one[name], other[name]) for one, other in zip(*seen, strict=True) for name in one
-        )
+        return any(not torch.equal(one[name], other[name]) for one, other in zip(*seen, strict=True) for name in one)
+
+
+def renamed(name: str) -> str:
+    """The batch's name for a usual one."""
+    return RENAMED.get(name, name)
 
 
 def input_name(sample: Tensor) -> str:

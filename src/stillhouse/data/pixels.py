@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -61,16 +61,21 @@ class PixelScale:
         pixels = stored.to(torch.float32)
         if self.given:
             return pixels
-        fresh = pixels is not stored
-        if any(self.mean) or self.low:
-            shift = self._per_channel([self.low + self.span * mean for mean in self.mean], pixels)
-            pixels = pixels.sub_(shift) if fresh else pixels.sub(shift)
-            fresh = True
-        divisors = [self.span * std for std in self.std]
-        if any(divisor != 1 for divisor in divisors):
-            divisor = self._per_channel(divisors, pixels)
-            pixels = pixels.div_(divisor) if fresh else pixels.div(divisor)
-        return pixels
+        if pixels is stored:
+            pixels = pixels.clone()
+        if not any(self.mean):
+            return pixels.sub_(self.low).div_(self.span) if self.low else pixels.div_(self.span)
+        shift, gain = self._composed
+        if len(gain) == 1:
+            return pixels.sub_(shift[0]).mul_(gain[0])
+        return pixels.sub_(_constant(shift, pixels.device)).mul_(_constant(gain, pixels.device))
+
+    @cached_property
+    def _composed(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What :meth:`to_model` takes off and multiplies by, per channel; one value if all channels agree."""
+        shift = tuple(self.low + self.span * mean for mean in self.mean)
+        gain = tuple(1 / (self.span * std) for std in self.std)
+        return (shift[:1], gain[:1]) if len(set(shift)) == len(set(gain)) == 1 else (shift, gain)
 
     def stored_to_unit(
         self, stored: Shaped[Tensor, "n channels height width"]

@@ -28,9 +28,7 @@ class TextFields(Spec):
     @model_validator(mode="after")
     def _both(self) -> TextFields:
         if self.text_column is not None and self.tokenizer is None:
-            raise ValueError(
-                f"text_column {self.text_column!r} needs a tokenizer: a hub id, a directory, or 'bytes'"
-            )
+            raise ValueError(f"text_column {self.text_column!r} needs a tokenizer: a hub id, a directory, or 'bytes'")
         return self
 
     def tokenize(self) -> Tokenize:

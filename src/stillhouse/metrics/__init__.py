@@ -9,7 +9,7 @@ from stillhouse.metrics.classification import (
     negative_log_likelihood,
     topk_accuracy,
 )
-from stillhouse.metrics.cost import latency
+from stillhouse.metrics.cost import latency, model_bytes, parameters
 from stillhouse.metrics.regression import regression
 
 __all__ = [
@@ -19,7 +19,9 @@ __all__ = [
     "expected_calibration_error",
     "latency",
     "mean_total_variation",
+    "model_bytes",
     "negative_log_likelihood",
+    "parameters",
     "regression",
     "topk_accuracy",
 ]

@@ -6,7 +6,7 @@ from stillhouse.models.hub import HubSpec
 from stillhouse.models.mlp import MLP, MLPSpec
 from stillhouse.models.resnet import ImageNetResNetSpec, ResNet, ResNetSpec, WideResNet, WideResNetSpec
 from stillhouse.models.sources import FileSpec, ImportSpec, ObjectSpec
-from stillhouse.models.spec import ModelSpec
+from stillhouse.models.spec import ModelSpec, origin
 from stillhouse.models.storage import load, load_weights, save
 from stillhouse.models.taps import Taps, resolve_paths
 from stillhouse.models.vit import ViT, ViTSpec
@@ -41,6 +41,7 @@ __all__ = [
     "load",
     "load_weights",
     "logits",
+    "origin",
     "resolve_paths",
     "save",
 ]

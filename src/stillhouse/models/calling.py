@@ -35,7 +35,8 @@ def forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
     if inputs is None:
         inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
     # A compiled wrapper hides the signature of the module inside.
-    inner = module._modules.get("_orig_mod") or module
+    wrapped = module._modules.get("_orig_mod")
+    inner: Any = module if wrapped is None else wrapped
     key = (type(inner), tuple(inputs), "labels" in batch)
     plan = _PLANS.get(key)
     if plan is None:

@@ -123,9 +123,7 @@ class HubSpec(ModelSpec):
                 if not path.is_file():
                     raise UserError(f"There is no config file {self.config!r}; give a path to a config.json.")
                 if "model_type" not in json.loads(path.read_text(encoding="utf-8")):
-                    raise UserError(
-                        f"The config file {self.config!r} has no 'model_type', such as 'bert'."
-                    )
+                    raise UserError(f"The config file {self.config!r} has no 'model_type', such as 'bert'.")
                 where = str(path.parent) if path.name == "config.json" else str(path)
             config = library.AutoConfig.from_pretrained(
                 where, revision=self.revision, trust_remote_code=self.trust_remote_code

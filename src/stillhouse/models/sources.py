@@ -13,7 +13,7 @@ from torch import nn
 from stillhouse.errors import UserError, nearest
 from stillhouse.facts import Facts
 from stillhouse.models import storage
-from stillhouse.models.spec import ModelSpec, sentence
+from stillhouse.models.spec import ModelSpec, origin, remember, sentence
 from stillhouse.models.weights import fingerprint
 
 
@@ -147,9 +147,12 @@ class ObjectSpec(ModelSpec):
         if not self.copy_on_build:
             return self.object
         try:
-            return copy.deepcopy(self.object)
+            module = copy.deepcopy(self.object)
         except (RuntimeError, TypeError) as error:
             raise UserError(
                 f"The module {self._name(self.object)!r} cannot be copied ({error}); give "
                 f"{{'kind': 'object', 'object': module, 'copy_on_build': False}} or an import path."
             ) from error
+        if (built := origin(self.object)) is not None:
+            remember(module, *built)
+        return module

@@ -55,16 +55,24 @@ def _remembering(build: Callable[[Any, Facts], nn.Module]) -> Callable[[Any, Fac
     @functools.wraps(build)
     def remembered(spec: ModelSpec, facts: Facts) -> nn.Module:
         module = build(spec, facts)
-        _ORIGINS[module] = spec, facts
+        if spec.kind not in ("file", "object"):
+            remember(module, spec, facts)
         return module
 
     return remembered
 
 
+def remember(module: nn.Module, spec: ModelSpec, facts: Facts) -> None:
+    """Note what ``module`` was built from. Read back by :func:`origin`."""
+    _ORIGINS[module] = spec, facts
+
+
 def origin(module: nn.Module) -> tuple[ModelSpec, Facts] | None:
-    """The spec and facts that a module was built from; None for a module from elsewhere, or one given as an object."""
-    found = _ORIGINS.get(module)
-    return found if found is not None and found[0].kind != "object" else None
+    """The spec and facts that a module was built from; None for a module from elsewhere.
+
+    A module loaded from a file has the origin that is stored there, and not the file, so that it can be saved over it.
+    """
+    return _ORIGINS.get(module)
 
 
 class NetworkSpec(ModelSpec):

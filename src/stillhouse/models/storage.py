@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stillhouse.errors import UserError
 from stillhouse.facts import Facts
 from stillhouse.models.hub import diffusers, transformers
-from stillhouse.models.spec import ModelSpec, origin
+from stillhouse.models.spec import ModelSpec, origin, remember
 from stillhouse.spec import Spec, read
 
 WEIGHTS = "model.safetensors"
@@ -53,7 +53,7 @@ def save(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if spec is None and (known := origin(module)) is not None:
-        spec, facts = known
+        spec, facts = known[0], facts if facts is not None else known[1]
     if _library(module):
         module.save_pretrained(directory)  # type: ignore[operator]
     else:
@@ -108,7 +108,9 @@ def load(path: str | os.PathLike[str], facts: Facts | None = None) -> nn.Module:
         raise UserError(f"{str(description_file)!r} holds no facts about the data; pass them to load().")
     module = spec.build(facts)
     if config:
-        return _from_pretrained(type(module), weights.parent, description)
+        module = _from_pretrained(type(module), weights.parent, description)
+        remember(module, spec, facts)
+        return module
     state = _read_state(weights)
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         if name in state:
