@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -44,6 +43,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     >>> nearest("q", ["a", "b"])
     "valid names are 'a', 'b'"
     """
+    import difflib  # Only a mistake pays for it.
+
     names = list(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:

@@ -133,15 +133,14 @@ def _sums(logits: Tensor, labels: Tensor, bins: int) -> Tensor:
     """
     labelled = labels >= 0
     classes = labels.clamp(min=0)
-    log_probabilities = _double(logits).log_softmax(-1)
-    surprise = -log_probabilities.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
+    surprise = F.cross_entropy(_double(logits), classes, reduction="none")
     sums = [
         _double(labelled).sum(),
         _double((logits.argmax(-1) == classes) & labelled).sum(),
         _double(_in_top(logits, classes, 5) & labelled).sum(),
         torch.where(labelled, surprise, 0.0).sum(),
     ]
-    return torch.cat([torch.stack(sums), _calibration_gaps(log_probabilities.exp(), classes, bins, labelled)])
+    return torch.cat([torch.stack(sums), _calibration_gaps(_double(logits).softmax(-1), classes, bins, labelled)])
 
 
 def _calibration_gaps(

@@ -50,7 +50,7 @@ def latency(call: Callable[[Any], Any], example: Any, *, repeats: int = 30, warm
     if repeats < 1:
         raise UserError(f"A latency needs at least one timed call, not {repeats}.")
     seconds = []
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: what a model caches here must still serve in training
         for repeat in range(warmup + repeats):
             _wait(example)
             start = time.perf_counter()
