@@ -55,6 +55,11 @@ class Batches:
         """Number of samples that are drawn from."""
         return len(self.split) if self.among is None else len(self.among)
 
+    @property
+    def draws(self) -> bool:
+        """Whether fetching a batch may use the global generators: an augmentation, or a data set of the user's own."""
+        return self.augment is not None or self.split.tensors is None
+
     def global_size(self, world: int = 1) -> int:
         """Samples per step over all processes."""
         return (self.count if self.batch_size is None else self.batch_size * world) if self.count else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import math
 import os
 import tarfile
 import zipfile
@@ -163,10 +164,10 @@ class Files:
 
     def _idx_array(self, name: str) -> Tensor:
         content = self.read(name) or b""
-        dimensions = content[3] if len(content) > 3 else 0
-        shape = np.frombuffer(content[4 : 4 + 4 * dimensions], ">i4").astype(int).tolist()
-        body = content[4 + 4 * dimensions :]
-        if content[:3] != b"\x00\x00\x08" or len(body) != int(np.prod(shape)):
+        dimensions = 3 if "images" in name else 1
+        head, body = content[: 4 + 4 * dimensions], content[4 + 4 * dimensions :]
+        shape = [int.from_bytes(head[at : at + 4], "big") for at in range(4, len(head), 4)]
+        if head[:4] != bytes([0, 0, 8, dimensions]) or len(body) != math.prod(shape):
             raise UserError(f"{self.find(name)} is not an idx file of bytes; get it again.")
         return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
 

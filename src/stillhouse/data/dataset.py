@@ -19,7 +19,7 @@ from stillhouse.data.batch import Batch
 from stillhouse.data.batches import Batches
 from stillhouse.data.pixels import PixelScale, PixelSpace, at_size
 from stillhouse.data.sources import MEMORY_LIMIT, Memory, Source, in_chunks
-from stillhouse.data.splits import balanced_order, carve
+from stillhouse.data.splits import RULE, balanced_order, carve
 from stillhouse.errors import UserError, nearest
 from stillhouse.facts import Facts, Task
 from stillhouse.spec import Spec, Tagged, read
@@ -325,7 +325,7 @@ class DataSpec(Tagged):
     def content_hash(self, *sums: object) -> str:
         """A data set's fingerprint: of the fields that shape it, and of the given sums of its content."""
         fields = {name: value for name, value in self.dump().items() if name not in self.outside}
-        text = json.dumps([self.version, fields, [str(item) for item in sums]], sort_keys=True)
+        text = json.dumps([self.version, RULE, fields, [str(item) for item in sums]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def assemble(

@@ -57,7 +57,7 @@ class HubFields(TextFields, ImageSpec, Carving):
         scale = self.scale_of(held["train"]) if "pixel_values" in reader.makes else None
         if labels is None and "input_ids" in reader.makes:
             task = "language"
-        sums = [f"{name}:{_content(part)}" for name, part in parts.items()]
+        sums = [f"{name}:{sum_of_rows(part)}" for name, part in parts.items()]
         return self.assemble(held, sums, task=task, class_names=class_names, scale=scale)
 
     def _named_splits(self, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def _is_numeric(feature: Any) -> bool:
     return type(feature).__name__ == "Value" and dtype.startswith(("int", "uint", "float", "bool"))
 
 
-def _content(dataset: Any) -> str:
+def sum_of_rows(dataset: Any) -> str:
     """Sum of the rows; of their recorded history (a fingerprint of ``datasets``) where there is too much to read."""
     table = dataset.data.table
     if table.nbytes > MEMORY_LIMIT:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from stillhouse.data.dataset import Data, hard
 from stillhouse.data.generators import GeneratorsAside
-from stillhouse.data.hub import HubFields
+from stillhouse.data.hub import HubFields, sum_of_rows
 from stillhouse.data.images import as_bytes
 from stillhouse.data.pixels import PixelScale, PixelSpace, at_size
 from stillhouse.data.sources import Memory, Rows, Source, in_chunks, settle
@@ -47,6 +47,9 @@ class ObjectFields(HubFields):
         parts = {name: source_of(part, self.image_size) for name, part in by_split(value).items()}
         held = {name: settle(source, self.in_memory) for name, source in parts.items()}
         labels = {name: labels_of(source) for name, source in held.items()}
+        for name, source in held.items():
+            if isinstance(source, DatasetRows):
+                source.known_labels = labels[name]
         task, count = _task(labels, held["train"])
         class_names = [str(name) for name in getattr(value, "classes", ())] if task == "classification" else []
         stratify = hard(labels["train"]) if labels["train"] is not None and task == "classification" else None
@@ -111,9 +114,9 @@ class ObjectData(ObjectFields):
     @model_validator(mode="before")
     @classmethod
     def _hold(cls, fields: Any) -> Any:
-        value = fields.get("object") if isinstance(fields, dict) else None
-        if value is None or isinstance(value, str | Held):
+        if not isinstance(fields, dict) or isinstance(fields.get("object", ""), str | Held):
             return fields
+        value = fields["object"]
         check(value)
         held = Held(value)
         return {**fields, "object": held, "fingerprint": held.content}
@@ -189,7 +192,7 @@ def check(value: Any) -> None:
             if not _is_array(part):
                 check(part)
         return
-    if isinstance(value, tuple | list) and 1 <= len(value) <= 2 and all(map(_is_array, value)):
+    if _is_sequence(value) and 1 <= len(value) <= 2 and all(map(_is_array, value)):
         return
     raise ValueError(f"data is text, a mapping with 'kind', {ACCEPTED}, not {type(value).__name__}")
 
@@ -209,13 +212,20 @@ def by_split(value: Any) -> dict[str, Any]:
 
 
 def source_of(value: Any, image_size: int | None) -> Source:
-    """The samples of one part."""
+    """The samples of one part.
+
+    Raises:
+        UserError: if there are none.
+    """
+    first = next(iter(value.values())) if isinstance(value, Mapping) else value[0] if _is_sequence(value) else value
+    if not len(first):
+        raise UserError("The data holds no samples.")
     if isinstance(value, Mapping):
         tensors = {renamed(name): tensor_of(array) for name, array in value.items()}
         if "inputs" in tensors:
             inputs = tensors.pop("inputs")
             tensors = {input_name(inputs[0]): inputs, **tensors}
-    elif isinstance(value, tuple | list):
+    elif _is_sequence(value):
         arrays = [tensor_of(array) for array in value]
         tensors = {input_name(arrays[0][0]): arrays[0], **({"labels": arrays[1]} if len(arrays) == 2 else {})}
     else:
@@ -236,6 +246,7 @@ class DatasetRows(Rows):
 
     def __init__(self, dataset: Any, image_size: int | None) -> None:
         self.dataset, self.image_size = dataset, image_size
+        self.known_labels: Tensor | None = None
         self.random = self._draws()
 
     def __len__(self) -> int:
@@ -243,6 +254,8 @@ class DatasetRows(Rows):
 
     @property
     def labels(self) -> Tensor | None:
+        if self.known_labels is not None:
+            return self.known_labels
         dataset, index = self.dataset, None
         while isinstance(dataset, Subset):
             places = torch.as_tensor(list(dataset.indices))
@@ -261,7 +274,7 @@ class DatasetRows(Rows):
             if "inputs" in named:
                 inputs = named.pop("inputs")
                 named = {input_name(inputs): inputs, **named}
-        elif isinstance(item, tuple | list):
+        elif _is_sequence(item):
             if not 1 <= len(item) <= 2:
                 raise UserError(f"Items with {len(item)} parts need names: let the data set return dicts.")
             inputs = _value_of(item[0])
@@ -357,11 +370,11 @@ def _feed(digest: Any, value: Any) -> None:
         for name in sorted(value):
             digest.update(name.encode())
             _feed(digest, value[name])
-    elif isinstance(value, tuple | list):
+    elif _is_sequence(value):
         for part in value:
             _feed(digest, part)
     elif _is_hub(value):
-        digest.update(str(value._fingerprint).encode())
+        digest.update(sum_of_rows(value).encode())
     elif hasattr(value, "tensors"):
         _feed(digest, value.tensors)
     else:
@@ -371,6 +384,10 @@ def _feed(digest: Any, value: Any) -> None:
             generators.seed(0)
             for place in torch.linspace(0, len(rows) - 1, min(64, len(rows))).long().tolist():
                 _feed(digest, rows.row(place))
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, tuple | list)
 
 
 def _is_array(value: Any) -> bool:

@@ -63,12 +63,16 @@ class PixelScale:
             return pixels
         if pixels is stored:
             pixels = pixels.clone()
-        if not any(self.mean):
+        if self._plain:
             return pixels.sub_(self.low).div_(self.span) if self.low else pixels.div_(self.span)
         shift, gain = self._composed
         if len(gain) == 1:
             return pixels.sub_(shift[0]).mul_(gain[0])
         return pixels.sub_(_constant(shift, pixels.device)).mul_(_constant(gain, pixels.device))
+
+    @cached_property
+    def _plain(self) -> bool:
+        return not any(self.mean) and all(std == 1 for std in self.std)
 
     @cached_property
     def _composed(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

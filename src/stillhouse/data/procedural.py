@@ -197,7 +197,7 @@ def colour(hue: Float[Tensor, "batch 1 1"], saturation: float, value: float) -> 
     return value * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1))
 
 
-class DSprites(ImageSpec, FactorSpec):
+class DSprites(FactorSpec, ImageSpec):
     """The published dSprites (Matthey et al. 2017): 64 x 64 binary images of 3 shapes, 6 scales, 40 orientations, 32 x 32 places.
 
     All 737 280 images take 3 GB of memory; fewer values of a factor take as much less. The file's metadata are pickled

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from stillhouse.data.generators import GeneratorsAside
+from stillhouse.data.splits import number_of
 from stillhouse.errors import UserError
 
 Seeds = Callable[[int], int]
@@ -82,7 +83,11 @@ class Selected(Source):
 
 
 class Rows(Source):
-    """A source that reads one sample at a time; :meth:`row` may draw from the global CPU generators."""
+    """A source that reads one sample at a time.
+
+    Where ``random`` is set, :meth:`row` draws from the global CPU generators. They are seeded before each sample and put
+    back after the batch, so a sample depends on its seed alone (on its position, where no seeds are given).
+    """
 
     random = False
 
@@ -91,14 +96,18 @@ class Rows(Source):
         """One sample, without a batch dimension."""
 
     def fetch(self, index: Int[Tensor, " batch"], seeds: Seeds | None = None) -> dict[str, Tensor]:
-        if not (self.random and seeds):
+        if not self.random:
             return stack([self.row(position) for position in index.tolist()])
-        rows = []
+        rows, seeds = [], seeds or _fixed
         with GeneratorsAside() as generators:
             for position in index.tolist():
                 generators.seed(seeds(position))
                 rows.append(self.row(position))
         return stack(rows)
+
+
+def _fixed(sample: int) -> int:
+    return number_of("fixed", sample)
 
 
 def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from stillhouse.errors import UserError
 
+RULE = "splitmix64, largest remainders"
+"""How samples are ordered and divided here; part of every fingerprint, to be renamed with every change of the rule."""
+
 
 def number_of(*parts: object) -> int:
     """A 63-bit number that depends on all parts; equal on every machine and version.
@@ -58,7 +61,8 @@ def carve(
     Args:
         labels: class of each sample; ``None`` divides without regard to classes.
         count: number of samples.
-        fractions: share of each part; they sum to one. The first part also takes what rounding leaves.
+        fractions: share of each part; they sum to one. Each part has its exact
+            share of the whole, rounded; a class with few samples stays in the first part.
         salt: name that fixes the division.
 
     Returns:
@@ -67,22 +71,17 @@ def carve(
     Raises:
         UserError: if a part with a positive fraction would be empty.
     """
-    keys = hashes(count, salt)
-    order = np.argsort(keys, kind="stable")
-    if labels is None:
-        groups = [order]
-    else:
-        classes = labels.numpy()[order]
-        groups = [order[classes == label] for label in np.unique(classes)]
+    order = np.argsort(hashes(count, salt), kind="stable")
+    classes = np.zeros(count, dtype=np.int64) if labels is None else labels.numpy()[order]
+    groups = [order[classes == label] for label in np.unique(classes)]
+    left = np.array([len(group) for group in groups])
+    whole, names = left.copy(), list(fractions)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in fractions}
-    names = list(fractions)
-    for group in groups:
-        start = 0
-        for name in reversed(names[1:]):
-            size = round(fractions[name] * len(group))
-            parts[name].append(group[start : start + size])
-            start += size
-        parts[names[0]].append(group[start:])
+    for name in reversed(names[1:]):
+        sizes = apportioned(fractions[name] * whole, round(fractions[name] * count), left - 1)
+        parts[name] = [group[rest - size : rest] for group, rest, size in zip(groups, left, sizes, strict=True)]
+        left = left - sizes
+    parts[names[0]] = [group[:rest] for group, rest in zip(groups, left, strict=True)]
     carved = {name: torch.from_numpy(np.sort(np.concatenate(pieces))) for name, pieces in parts.items()}
     for name, positions in carved.items():
         if fractions[name] > 0 and len(positions) == 0:
@@ -90,3 +89,12 @@ def carve(
                 f"{count} samples are too few to set {fractions[name]:.0%} of each class aside as {name!r}."
             )
     return {name: positions for name, positions in carved.items() if len(positions)}
+
+
+def apportioned(quotas: np.ndarray, total: int, most: np.ndarray) -> np.ndarray:
+    """Whole numbers near the quotas that sum to ``total``, by largest remainders; none above ``most``."""
+    sizes: np.ndarray = np.minimum(np.floor(quotas + 1e-9).astype(np.int64), most)
+    for place in np.argsort(sizes - quotas, kind="stable"):
+        if sizes.sum() < total and sizes[place] < most[place]:
+            sizes[place] += 1
+    return sizes

@@ -160,7 +160,8 @@ class Fit:
         run, stage = self.run, self.stage
         batches = []
         for micro in range(stage.accumulate):
-            run.place("fetch", stream, micro, again)
+            if stream in self.streams.drawing:
+                run.place("fetch", stream, micro, again)
             batch = self.streams.next(stream)
             if prepared and stage.prepare is not None:
                 run.place("prepare", stream, micro, again)
@@ -426,16 +427,15 @@ class Turn:
             if spec.clip_value is not None:
                 torch._foreach_clamp_min_(gradients, -spec.clip_value)
                 torch._foreach_clamp_max_(gradients, spec.clip_value)
+            norm: Tensor | None = None
             if spec.clip_norm is not None:
-                norm = nn.utils.clip_grad_norm_(parameters, spec.clip_norm)
+                norm = nn.utils.clip_grad_norm_(parameters, spec.clip_norm, foreach=True)
             elif self.scaler is None and gradients:
-                norm = nn.utils.get_total_norm(gradients, norm_type=math.inf)
-            else:
-                norm = None
+                norm = torch.stack(torch._foreach_norm(gradients)).sum()
             if norm is not None and self.scaler is None:
                 if bad is not None:
                     bad |= ~torch.isfinite(norm)
-                elif not math.isfinite(norm.item()):
+                elif not math.isfinite(norm.item()) and not _all_finite(gradients):
                     self.fit.fail(self, "gradient", step)
             if not spec.constant:
                 lr = spec.lr_at(self.firings, self.total)
@@ -531,6 +531,8 @@ class Streams:
             if update.batches is not None:
                 sources[update.name] = update.batches
         world = run.world
+        # Seeding has a cost, and a batch that is only looked up needs none.
+        self.drawing = {name for name, source in sources.items() if source.draws}
         self.streams = {
             name: source.open(
                 derive(run.seed, stage.name, name, "order"), rank=world.rank, world=world.size, device=world.device
@@ -604,6 +606,11 @@ def measuring(*modules: nn.Module) -> Iterator[None]:
     finally:
         for sub, mode in modes:
             sub.training = mode
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Exact, and only asked when a norm is not finite: squares of large finite numbers overflow too."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def _among(parameter: Tensor, parameters: Sequence[Tensor]) -> bool:

@@ -64,6 +64,8 @@ def _plan(module: nn.Module, owner: type, keys: tuple[str, ...], labelled: bool)
         missing = [name for name in required if name != positional[0].name]
     elif any(p.kind is p.VAR_KEYWORD for p in parameters):
         return keys
+    elif not required:
+        raise UserError(f"{owner.__name__}.forward takes no input; give it a parameter for {keys[0]!r}.")
     else:
         missing = required
     if missing:

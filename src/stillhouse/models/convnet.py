@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 from stillhouse.facts import Facts
-from stillhouse.models.spec import Activation, NetworkSpec, Norm, activation, classifier, normalization, numbers
+from stillhouse.models.spec import Activation, NetworkSpec, Norm, activation, classifier, normalization, number, numbers
 
 Pooling = Literal["average", "max", "none"]
 
@@ -93,11 +93,7 @@ class ConvNetSpec(NetworkSpec):
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        if not text:
-            return cls()
-        if not text.isdecimal():
-            raise ValueError(f"{text!r} is not a depth; write it as in 'convnet:4'")
-        return cls(depth=int(text))
+        return cls(depth=number(text, "convnet:4")) if text else cls()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -71,13 +73,17 @@ class HubSpec(ModelSpec):
     def build(self, facts: Facts) -> nn.Module:
         library = transformers()
         loading = {key: value for key, value in self.overrides.items() if key in _LOADING}
-        if self.trust_remote_code:
-            loading["trust_remote_code"] = True
+        loading["trust_remote_code"] = self.trust_remote_code
         source = self._source()
         try:
             config = self._config(library, source)
             auto = getattr(library, self._auto_class(config, facts))
-            resized = "Classification" in auto.__name__ and _fit_head(config, facts)
+            if not self.trust_remote_code and type(config) not in auto._model_mapping:
+                raise UserError(
+                    f"The model {self._shown()} is a {config.model_type!r}, of which transformers has no {auto.__name__}; "
+                    f"choose another 'task'."
+                )
+            resized = "Classification" in auto.__name__ and _fit_head(config, facts, new=self.config is not None)
             if self.config is not None:
                 loading.pop("device_map", None)
                 module = auto.from_config(config, **loading)
@@ -112,9 +118,13 @@ class HubSpec(ModelSpec):
         changes = {key: value for key, value in self.overrides.items() if key not in _LOADING}
         if isinstance(self.config, dict):
             fields = dict(self.config)
-            config = library.AutoConfig.for_model(fields.pop("model_type"), **fields)
-            reference = type(config)()
-            _known(fields, reference)
+            model_type = str(fields.pop("model_type"))
+            if model_type not in library.CONFIG_MAPPING:
+                hint = nearest(model_type, library.CONFIG_MAPPING)
+                hint = hint if hint.endswith("?") else "see the models of transformers"
+                raise UserError(sentence(f"transformers has no model_type {model_type!r}; {hint}"))
+            config = library.AutoConfig.for_model(model_type, **fields)
+            _refuse_typos(fields, type(config)())
         else:
             where = source
             if self.config is not None:
@@ -128,7 +138,7 @@ class HubSpec(ModelSpec):
             config = library.AutoConfig.from_pretrained(
                 where, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
-        _known(changes, config)
+        _refuse_typos(changes, config)
         for key, value in changes.items():
             setattr(config, key, value)
         return config
@@ -149,26 +159,27 @@ class HubSpec(ModelSpec):
         return "AutoModelForSequenceClassification"
 
 
-def _fit_head(config: Any, facts: Facts) -> bool:
+def _fit_head(config: Any, facts: Facts, *, new: bool) -> bool:
     """Set the number of labels from the facts; whether the stored head (if any) had another size."""
     count = facts.num_classes
     if facts.task == "regression":
         config.problem_type = "regression"
         count = count or 1
-    if count is None or config.num_labels == count:
-        return False
-    config.num_labels = count
-    if len(facts.class_names) == count:
+    resized = count is not None and config.num_labels != count
+    if resized:
+        config.num_labels = count
+    if len(facts.class_names) == count and (resized or new):
         config.id2label = dict(enumerate(facts.class_names))
         config.label2id = {name: index for index, name in enumerate(facts.class_names)}
-    return True
+    return resized
 
 
-def _known(fields: dict[str, Any], config: Any) -> None:
+def _refuse_typos(fields: Iterable[str], config: Any) -> None:
+    """Refuse names that all but spell a field: configs take any name in silence, and some proper ones are undeclared."""
+    known = [name for name in vars(config) if not name.startswith("_")]
     for key in fields:
-        if not hasattr(config, key):
-            known = [name for name in vars(config) if not name.startswith("_")]
-            raise UserError(sentence(f"A config of {config.model_type!r} has no field {key!r}; {nearest(key, known)}"))
+        if not hasattr(config, key) and (close := difflib.get_close_matches(key, known, n=1, cutoff=0.85)):
+            raise UserError(f"A config of {config.model_type!r} has no field {key!r}; did you mean {close[0]!r}?")
 
 
 def transformers() -> Any:

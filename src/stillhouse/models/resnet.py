@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stillhouse.facts import Facts
-from stillhouse.models.spec import NetworkSpec, classifier, numbers
+from stillhouse.models.spec import NetworkSpec, classifier, number, numbers
 
 Shortcut = Literal["projection", "pad"]
 Stem = Literal["cifar", "imagenet"]
@@ -167,7 +167,7 @@ class ResNetSpec(NetworkSpec):
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        return cls(depth=numbers(text, "resnet:20")[0]) if text else cls()
+        return cls(depth=number(text, "resnet:20")) if text else cls()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -214,7 +214,7 @@ class ImageNetResNetSpec(NetworkSpec):
     def from_text(cls, text: str) -> Self:
         if not text:
             return cls()
-        depth = numbers(text, "imagenet-resnet:18")[0]
+        depth = number(text, "imagenet-resnet:18")
         if depth not in _LAYOUTS:
             raise ValueError(f"the depth of 'imagenet-resnet' is one of {', '.join(map(str, _LAYOUTS))}, not {depth}")
         return cls(depth=depth)  # type: ignore[arg-type]

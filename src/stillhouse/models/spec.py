@@ -143,6 +143,13 @@ def numbers(text: str, example: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def number(text: str, example: str) -> int:
+    """The one whole number, a depth, that ``text`` is."""
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is not a depth; write it as in {example!r}")
+    return int(text)
+
+
 def sentence(text: str) -> str:
     """``text`` with a full stop, unless it asks what was meant."""
     return text if text.endswith("?") else f"{text}."

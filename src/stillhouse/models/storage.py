@@ -42,7 +42,7 @@ def save(
         directory: made if it does not exist; files of the same names are replaced.
         spec: what built the module; known for a module that a spec's ``build`` made. Without it the weights load only
             into a module you build yourself, or into a transformers or diffusers class.
-        facts: the facts about the data that the spec was built with.
+        facts: the facts about the data that the spec was built with; known likewise.
 
     Returns:
         The directory.
@@ -52,8 +52,8 @@ def save(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    if spec is None and (known := origin(module)) is not None:
-        spec, facts = known[0], facts if facts is not None else known[1]
+    if (known := origin(module)) is not None:
+        spec, facts = spec if spec is not None else known[0], facts if facts is not None else known[1]
     if _library(module):
         module.save_pretrained(directory)  # type: ignore[operator]
     else:
@@ -197,7 +197,7 @@ def _load_state(module: nn.Module, state: dict[str, Tensor], weights: Path) -> N
                 f"{name!r} has the shape {tuple(state[name].shape)} in {str(weights)!r} and "
                 f"{tuple(expected[name].shape)} in {name_of}; the model was built for other data or from another spec."
             )
-    for name in state:
+    for name in sorted(state):
         if name not in expected:
             raise UserError(f"{str(weights)!r} has {name!r}, which {name_of} has not; it belongs to another model.")
     module.load_state_dict(state)

@@ -93,10 +93,9 @@ def _reset(module: nn.Module, path: str, seen: set[nn.Module]) -> None:
     if from_config is not None:
         module.load_state_dict(from_config(copy.deepcopy(module.config)).state_dict())
         return
+    shown = repr(path) if path else "The model"
     if parametrize.is_parametrized(module):
-        raise UserError(
-            f"{path or 'The model'!r} is parametrized, so its weights cannot be drawn anew; remove the parametrization."
-        )
+        raise UserError(f"{shown} is parametrized, so its weights cannot be drawn anew; remove the parametrization.")
     for name, child in module.named_children():
         _reset(child, f"{path}.{name}" if path else name, seen)
     reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
@@ -104,7 +103,7 @@ def _reset(module: nn.Module, path: str, seen: set[nn.Module]) -> None:
         reset()
     elif any(True for _ in module.parameters(recurse=False)):
         raise UserError(
-            f"{path or 'The model'!r} ({type(module).__name__}) has parameters and no reset_parameters(); "
+            f"{shown} ({type(module).__name__}) has parameters and no reset_parameters(); "
             f"add that method so that they can be drawn anew."
         )
 

@@ -1,0 +1,141 @@
+"""The pages say what is so: their Python runs, their links lead somewhere, the files and tests they name exist."""
+
+import importlib.util
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
+FENCE = re.compile(r"^( *)(`{3,})[ {.]*(\w*)[^\n]*\n(.*?)^\1\2[ ]*$", re.MULTILINE | re.DOTALL)
+SNIPPET = re.compile(r'^--8<-- "([^":]+)(?::(\d+):(\d+))?"$', re.MULTILINE)
+WITH_PYTHON = [page for page in PAGES if any(block[2] == "python" for block in FENCE.findall(page.read_text()))]
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def snippet(match):
+    """The lines of a file that a page includes."""
+    path, first, last = match.groups()
+    lines = (ROOT / path).read_text().splitlines()
+    return "\n".join(lines[int(first) - 1 : int(last)] if first else lines)
+
+
+def prose(page):
+    """A page without its code blocks."""
+    return FENCE.sub("", page.read_text())
+
+
+def anchors(page):
+    """The anchors of a page's headings."""
+    headings = re.findall(r"^#+ +(.+)$", prose(page), re.MULTILINE)
+    words = [re.sub(r"[^\w\s-]", "", heading.lower()).strip() for heading in headings]
+    return {re.sub(r"[\s-]+", "-", heading) for heading in words}
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    """The blocks of a page run in order, as one program: a later one may use what an earlier one defined."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("STILLHOUSE_DATA", raising=False)
+    blocks = [code for _, _, language, code in FENCE.findall(page.read_text()) if language == "python"]
+    program = tmp_path / "page.py"
+    program.write_text("\n\n".join(SNIPPET.sub(snippet, block) for block in blocks))
+    runpy.run_path(str(program), run_name="page")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{name_of(page)} links to {target}, which does not exist"
+        if anchor:
+            assert anchor in anchors(found), f"{name_of(page)} links to {target}, a heading that does not exist"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_files_and_tests_that_a_page_names_exist(page):
+    for path, test in re.findall(r"`((?:src|tests|benchmarks|examples|docs)/[\w./-]+)(?:::(\w+))?`", prose(page)):
+        assert (ROOT / path).exists(), f"{name_of(page)} names {path}, which does not exist"
+        if test:
+            assert f"def {test}(" in (ROOT / path).read_text(), f"{name_of(page)} names {test}, which {path} lacks"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_snippets_exist(page):
+    for match in SNIPPET.finditer(page.read_text()):
+        assert snippet(match).strip(), f"{name_of(page)} includes nothing by {match.group()}"
+
+
+def test_a_recorded_claim_is_shown_whole_also_when_it_failed(hooks):
+    result = {
+        "statement": "A beats B.",
+        "verdict": "failed",
+        "command": "stillhouse claims x",
+        "seeds": [0, 1],
+        "arms": {"a": {"test/accuracy": [0.5, 0.52]}, "b": {"test/accuracy": [0.6, 0.6]}},
+        "margins": [{"finding": "a over b in test/accuracy: -0.09, asked +0.01: failed"}],
+        "environment": {"torch": "2"},
+        "remark": "Small.",
+    }
+    text = hooks.claim("x", result)
+    assert text.startswith('!!! failure "The claim failed"')
+    assert "| `a` | 0.510 ± 0.014 |" in text
+    assert "| `b` | 0.6 ± 0 |" in text
+    for part in ("A beats B.", "asked +0.01: failed", "Small.", "stillhouse claims x", "2 seeds", "torch 2"):
+        assert part in text
+    assert "stillhouse claims y" in hooks.claim("y", None)
+
+
+def test_markers_are_filled_and_nothing_else(hooks):
+    page = "before `<!-- claim -->`\n\n<!-- fields -->\n\n<!-- another -->\n"
+    filled = hooks.filled(page, "kd")
+    assert filled.startswith("before `<!-- claim -->`\n\n| field |")
+    assert filled.endswith("<!-- another -->\n")
+    assert "| `divergence` | kl \\| reverse_kl \\| js \\| tv | `kl` |" in filled
+
+
+def test_the_list_of_systems_has_every_method_and_its_verdict(hooks):
+    text = hooks.systems()
+    for entry in json.loads((ROOT / "src/stillhouse/index.json").read_text()):
+        [row] = [
+            line for line in text.splitlines() if line.startswith((f"| [`{entry['name']}`]", f"| `{entry['name']}` "))
+        ]
+        assert entry["summary"] in row
+        if not entry["classic"]:
+            result = hooks.recorded(entry["name"])
+            assert row.endswith(f"| {'not recorded' if result is None else result['verdict']} |")
+
+
+def test_the_navigation_takes_up_every_page_of_a_folder(hooks):
+    nav = hooks.expanded(["index.md", {"Systems": "systems/*"}])
+    assert nav[0] == "index.md"
+    pages = nav[1]["Systems"]
+    assert pages[0] == "systems/index.md"
+    assert sorted(pages) == sorted(f"systems/{path.name}" for path in (DOCS / "systems").glob("*.md"))
+
+
+def test_a_reference_has_every_module_of_its_room(hooks):
+    rooms = re.findall(
+        r"^<!-- modules (\S+) -->$", "\n".join(p.read_text() for p in (DOCS / "reference").glob("*.md")), re.M
+    )
+    assert {f"stillhouse.{room}" for room in ("losses", "metrics", "modules", "models", "data", "engine")} <= set(rooms)
+    assert "::: stillhouse.losses.transport\n" in hooks.modules("stillhouse.losses")
+    assert "__init__" not in hooks.modules("stillhouse.losses")
