@@ -121,7 +121,7 @@ def claim(name: str, result: Mapping[str, Any] | None) -> str:
     metrics = list(dict.fromkeys(metric for arm in result["arms"].values() for metric in arm))
     rows = [[f"`{arm}`", *(spread(numbers.get(m, [])) for m in metrics)] for arm, numbers in result["arms"].items()]
     seeds = result["seeds"]
-    made_with = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
+    made_with = ", ".join(f"{key} {value}" for key, value in result["environment"].items() if key != "platform")
     parts = [
         f'!!! {"success" if held else "failure"} "The claim {result["verdict"]}"\n    {result["statement"]}',
         table(["arm", *(f"`{metric}`" for metric in metrics)], rows),

@@ -88,9 +88,7 @@ def test_the_style_holds():
 
 
 def test_the_types_hold():
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy"], capture_output=True, text=True, cwd=ROOT, timeout=600
-    )
+    done = subprocess.run([sys.executable, "-m", "mypy"], capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -71,7 +71,10 @@ def test_a_mistake_gives_one_sentence_with_its_key_path(overrides, sentence):
         ("temperature: 3\n", "a recipe is a mapping with the key 'method'"),
         ("method: [\n", "this is not valid YAML (line 2)"),
         ("method: kd\ntemperatur: 3\n", "r.yaml: temperatur: there is no such field; did you mean 'temperature'?"),
-        ("method: kd\nteacher: {kind: trained, epoch: 3}\n", "teacher.epoch: there is no such field; did you mean 'epochs'?"),
+        (
+            "method: kd\nteacher: {kind: trained, epoch: 3}\n",
+            "teacher.epoch: there is no such field; did you mean 'epochs'?",
+        ),
         ("method: kd\nteacher: {kind: cn}\n", "there is no model kind 'cn'; did you mean 'cnn'?"),
     ],
 )

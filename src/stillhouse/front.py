@@ -103,5 +103,3 @@ def run_recipe(
     finally:
         torch.set_num_threads(threads)
         directory.release()
-
-

@@ -179,7 +179,9 @@ def _spec_in(annotation: Any) -> type[Spec] | None:
 
 def _value(annotation: Any, text: str) -> Any:
     """Text stays text where the field takes text only; elsewhere it is read as YAML."""
-    if annotation is str or (get_origin(annotation) is Literal and all(isinstance(a, str) for a in get_args(annotation))):
+    if annotation is str or (
+        get_origin(annotation) is Literal and all(isinstance(a, str) for a in get_args(annotation))
+    ):
         return text
     family = _spec_in(annotation)
     if family is not None and issubclass(family, Tagged) and not text.startswith(("{", "[")):

@@ -72,6 +72,12 @@ def test_calibration_is_zero_where_confidence_is_the_accuracy_and_one_where_all_
     assert expected_calibration_error(sure, torch.zeros(3, dtype=torch.long)).item() == 0
 
 
+def test_a_bin_contains_its_upper_edge():
+    # One right guess at confidence 1/2 and one wrong at 3/4: two bins keep the gaps of +1/2 and -3/4 apart.
+    logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]], dtype=torch.float64)
+    assert expected_calibration_error(logits, torch.tensor([0, 1]), bins=2).item() == pytest.approx(0.625, abs=1e-12)
+
+
 def test_one_bin_is_the_gap_of_the_means():
     confidence = LOGITS.double().softmax(-1).amax(-1).mean()
     expected = abs(accuracy(LOGITS, LABELS) - confidence).item()

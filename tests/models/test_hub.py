@@ -154,6 +154,21 @@ def test_code_that_a_repository_brings_runs_only_when_trusted(tmp_path):
         ModelSpec.parse(f"hf:{tmp_path}").build(TEXT)
 
 
+def test_untrusted_code_gives_way_to_the_library_s_own(tmp_path):
+    hf(config=BERT).build(TEXT).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForSequenceClassification": "own.OwnModel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('this code ran')\n")
+    assert type(ModelSpec.parse(f"hf:{tmp_path}").build(TEXT)).__name__ == "BertForSequenceClassification"
+
+
+def test_only_a_head_may_have_another_size(stored):
+    path, _ = stored
+    with pytest.raises(UserError, match="could not be made"):
+        hf(name=str(path), overrides={"vocab_size": 30}).build(TEXT)
+
+
 @pytest.mark.parametrize(
     ("fields", "facts", "message"),
     [

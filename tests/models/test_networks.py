@@ -155,6 +155,14 @@ def test_the_padded_shortcut_keeps_positions_and_adds_zeros():
     assert shorter[:, :2].abs().sum() == shorter[:, 6:].abs().sum() == 0
 
 
+def test_a_wide_block_activates_first_and_projects_what_is_activated():
+    block = build("wrn:10-2", facts(3, 8, 8)).eval().stages[0][0]
+    maps = torch.randn(2, 16, 8, 8)
+    active = block.norm1(maps).relu()
+    branch = block.conv2(block.norm2(block.conv1(active)).relu())
+    torch.testing.assert_close(block(maps), branch + block.shortcut(active))
+
+
 def test_vit_equals_a_plain_transformer_encoder():
     network = build({"kind": "vit", "patch": 4, "dim": 16, "depth": 1, "heads": 2}, facts(1, 8, 8)).eval()
     block = network.blocks[0]

@@ -24,7 +24,9 @@ app = typer.Typer(
 CommandError: type[Exception] = typer.BadParameter.__mro__[2]
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="a method's name, as in 'stillhouse list'")]
-Source = Annotated[str, typer.Argument(metavar="NAME|RECIPE.yaml", help="a method (its small recipe), NAME/SCALE, or a file")]
+Source = Annotated[
+    str, typer.Argument(metavar="NAME|RECIPE.yaml", help="a method (its small recipe), NAME/SCALE, or a file")
+]
 Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="fields to change")]  # noqa: UP045
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="a run directory")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
@@ -69,7 +71,9 @@ def run(
     out: Annotated[Optional[Path], typer.Option(help="run directory; runs/NAME by default")] = None,  # noqa: UP045
     seed: Annotated[Optional[int], typer.Option(help="in place of the recipe's seed", min=0)] = None,  # noqa: UP045
     no_cache: Annotated[bool, typer.Option("--no-cache", help="train teachers anew, within the run directory")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="read the recipe, build data and models, train nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="read the recipe, build data and models, train nothing")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Run a method: train, measure, write the report."""

@@ -51,7 +51,9 @@ def dry(source: str, overrides: Sequence[str], *, seed: int | None) -> None:
     console = Console()
     data = recipe.method.data.load()
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
-    console.print(f"data {data.name}: {sizes}; inputs {data.facts.inputs}, classes {data.facts.num_classes}", highlight=False)
+    console.print(
+        f"data {data.name}: {sizes}; inputs {data.facts.inputs}, classes {data.facts.num_classes}", highlight=False
+    )
     for name, spec in _models(recipe.method):
         model = spec.build(data.facts)
         console.print(f"{name}: {type(model).__name__}, {count_parameters(model):,} parameters", highlight=False)

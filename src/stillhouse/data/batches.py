@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stillhouse.data.batch import Batch
+from stillhouse.data.sources import Memory
 from stillhouse.data.splits import number_of
 from stillhouse.errors import UserError
 
@@ -58,7 +59,7 @@ class Batches:
     @property
     def draws(self) -> bool:
         """Whether fetching a batch may use the global generators: an augmentation, or a data set of the user's own."""
-        return self.augment is not None or self.split.tensors is None
+        return self.augment is not None or not isinstance(self.split.source, Memory)
 
     def global_size(self, world: int = 1) -> int:
         """Samples per step over all processes."""

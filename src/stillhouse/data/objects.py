@@ -244,6 +244,8 @@ def _sized(name: str, tensor: Tensor, image_size: int | None) -> Tensor:
 class DatasetRows(Rows):
     """A map-style data set whose items are tensors, pairs (input, label) or dicts."""
 
+    foreign = True
+
     def __init__(self, dataset: Any, image_size: int | None) -> None:
         self.dataset, self.image_size = dataset, image_size
         self.known_labels: Tensor | None = None

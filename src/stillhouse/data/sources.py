@@ -85,10 +85,14 @@ class Selected(Source):
 class Rows(Source):
     """A source that reads one sample at a time.
 
-    Where ``random`` is set, :meth:`row` draws from the global CPU generators. They are seeded before each sample and put
-    back after the batch, so a sample depends on its seed alone (on its position, where no seeds are given).
+    Attributes:
+        foreign: :meth:`row` runs code of the user's, which may draw from the global CPU generators. They are seeded
+            before each sample and put back after the batch, so that a sample depends on its seed alone (on its
+            position, where no seeds are given).
+        random: it was seen to draw, so one reading of all samples is not all there is.
     """
 
+    foreign = False
     random = False
 
     @abstractmethod
@@ -96,7 +100,7 @@ class Rows(Source):
         """One sample, without a batch dimension."""
 
     def fetch(self, index: Int[Tensor, " batch"], seeds: Seeds | None = None) -> dict[str, Tensor]:
-        if not self.random:
+        if not self.foreign:
             return stack([self.row(position) for position in index.tolist()])
         rows, seeds = [], seeds or _fixed
         with GeneratorsAside() as generators:

@@ -196,9 +196,9 @@ class Fit:
 
     def _evaluate(self, evaluation: Evaluation, step: int) -> None:
         seed = derive(self.run.seed, self.stage.name, step, "evaluate")
-        with measuring(*self.modules.values()), forked_generators(seed, self.device):
-            with self._averaged() if self.stage.keep == "ema" else nullcontext():
-                measured = {k: float(v) for k, v in evaluation.measure(self.modules).items()}
+        averaged = self._averaged() if self.stage.keep == "ema" else nullcontext()
+        with measuring(*self.modules.values()), forked_generators(seed, self.device), averaged:
+            measured = {k: float(v) for k, v in evaluation.measure(self.modules).items()}
         measured = self.run.world.from_main(measured)
         self.metrics = measured
         self.run.log({"stage": self.stage.name, "step": step, **measured})

@@ -52,7 +52,9 @@ class Method(Spec):
     verified: ClassVar[Literal["official", "reference", "formula"]] = "formula"
     classic: ClassVar[bool] = False
 
-    data: DataSpec = Field(DataSpec.parse("digits"), description="the data set: a name, hf:owner/name, folder:PATH, csv:PATH, ...")
+    data: DataSpec = Field(
+        DataSpec.parse("digits"), description="the data set: a name, hf:owner/name, folder:PATH, csv:PATH, ..."
+    )
 
     def stages(self, run: Run) -> Stages:
         """Describe the training: yield stages, computations and runs of other methods; return the result."""

@@ -316,9 +316,7 @@ def _matched(pattern: str, modules: Mapping[str, nn.Module | Held]) -> dict[str,
     elif "." in pattern:
         name, prefix = pattern.split(".", 1)
     if name not in modules:
-        raise UserError(
-            f"trains: {pattern!r} names the module {name!r}, which is not there; {nearest(name, modules)}."
-        )
+        raise UserError(f"trains: {pattern!r} names the module {name!r}, which is not there; {nearest(name, modules)}.")
     module = modules[name]
     if isinstance(module, Held):
         raise UserError(f"trains: {pattern!r} names the module {name!r}, which is {module.mode} in this stage.")

@@ -47,6 +47,8 @@ class Trackers:
             kind = next(cls for key, cls in LOGGER_TYPE_TO_CLASS.items() if str(key) == name)
             place = {"logging_dir": str(directory / "trackers")} if kind.requires_logging_directory else {}
             tracker = kind(directory.name, **place)
+            if hasattr(tracker, "start"):  # Newer accelerate opens a tracker in a step of its own.
+                tracker.start()
             flat = {key: value for key, value in recipe.items() if isinstance(value, int | float | str | bool)}
             tracker.store_init_configuration(flat)
             trackers.append(tracker)

@@ -2,6 +2,7 @@
 
 from stillhouse.models.calling import as_logits, forward, logits
 from stillhouse.models.convnet import CNN, CNNSpec, ConvNet, ConvNetSpec
+from stillhouse.models.denoiser import DiffusersSpec, PointDenoiserSpec, UNetSpec
 from stillhouse.models.hub import HubSpec
 from stillhouse.models.mlp import MLP, MLPSpec
 from stillhouse.models.resnet import ImageNetResNetSpec, ResNet, ResNetSpec, WideResNet, WideResNetSpec
@@ -18,6 +19,7 @@ __all__ = [
     "CNNSpec",
     "ConvNet",
     "ConvNetSpec",
+    "DiffusersSpec",
     "FileSpec",
     "HubSpec",
     "ImageNetResNetSpec",
@@ -25,9 +27,11 @@ __all__ = [
     "MLPSpec",
     "ModelSpec",
     "ObjectSpec",
+    "PointDenoiserSpec",
     "ResNet",
     "ResNetSpec",
     "Taps",
+    "UNetSpec",
     "ViT",
     "ViTSpec",
     "WideResNet",

@@ -105,7 +105,9 @@ def _curves(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
             for number, name in enumerate(names):
                 axes = figure.add_subplot(down, across, number + 1)
                 points = [(row["step"], row[name]) for row in own if isinstance(row.get(name), int | float)]
-                axes.plot(*zip(*points, strict=True), color="#3b6ea8", linewidth=1.2, marker="." if len(points) < 30 else None)
+                axes.plot(
+                    *zip(*points, strict=True), color="#3b6ea8", linewidth=1.2, marker="." if len(points) < 30 else None
+                )
                 axes.set_title(name.replace("$", r"\$"), loc="left", fontsize=8)
                 axes.spines[["top", "right"]].set_visible(False)
             stream = io.StringIO()

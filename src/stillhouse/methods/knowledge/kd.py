@@ -40,5 +40,7 @@ class KD(KnowledgeDistillation):
 
         return {
             "ce": lambda: hard_loss(student, batch, run),
-            "soft": lambda: self.over_teachers(m, batch, lambda teacher: divergence(student, teacher, self.temperature)),
+            "soft": lambda: self.over_teachers(
+                m, batch, lambda teacher: divergence(student, teacher, self.temperature)
+            ),
         }

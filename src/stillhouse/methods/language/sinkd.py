@@ -39,12 +39,15 @@ class SinKD(KnowledgeDistillation):
     temperature: float = Field(2.0, gt=0, description="temperature of the soft cross-entropy (SST-2's in the paper)")
     anneal: bool = Field(False, description="move the temperature linearly to 1, epoch by epoch (MNLI, MRPC, QQP)")
     divergence: Literal["soft_cross_entropy", "kl", "reverse_kl", "js", "tv"] = Field(
-        "soft_cross_entropy", description="what compares each sample's predictions in the KD term; none has a T^2 factor"
+        "soft_cross_entropy",
+        description="what compares each sample's predictions in the KD term; none has a T^2 factor",
     )
     temperature_sinkhorn: float = Field(2.0, gt=0, description="temperature of both sides in the Sinkhorn term")
     epsilon: float = Field(0.1, gt=0, description="entropic regularisation of the transport, in units of its cost")
     num_iterations: int = Field(20, ge=1, description="rounds of Sinkhorn scaling, rows then columns")
-    form: Literal["batch", "sample"] = Field("batch", description="transport over the batch, or each sample with itself")
+    form: Literal["batch", "sample"] = Field(
+        "batch", description="transport over the batch, or each sample with itself"
+    )
     plan_grad: bool = Field(True, description="let the gradient also run through the transport plan")
     reduction: Literal["sum", "mean"] = Field(
         "sum", description="sum over the batch (the paper; grows with the batch size) or mean over its samples"

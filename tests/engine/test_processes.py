@@ -1,0 +1,101 @@
+"""Two processes equal one with the doubled batch; two runs may share a cache; a full disk loses nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stillhouse.engine.storage import read_tree, write_tree
+from stillhouse.errors import RunError
+
+PROGRAM = Path(__file__).with_name("processes.py")
+CASES = ["persample", "coupled", "submodule", "functional", "masked", "noisy", "two"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for command in (
+        [sys.executable, PROGRAM, one, ",".join(CASES), "16"],
+        [*launch, PROGRAM, two, ",".join(CASES), "8"],
+    ):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return one, two
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one_with_the_doubled_batch(trained, case):
+    one, two = trained
+    assert json.loads((one / case / "metrics.json").read_text())["world"] == 1
+    assert json.loads((two / case / "metrics.json").read_text())["world"] == 2
+    a, b = load_file(one / f"{case}.safetensors"), load_file(two / f"{case}.safetensors")
+    start = torch.nn.Linear(4, 8)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+    assert a["net.0.weight"].shape == start.weight.shape
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_log_is_written_once_and_means_the_global_batch(trained, case):
+    one, two = trained
+    rows = [
+        [json.loads(line) for line in (home / case / "metrics.jsonl").read_text().splitlines()] for home in (one, two)
+    ]
+    assert len(rows[0]) == len(rows[1]) == 4
+    for single, double in zip(*rows, strict=True):
+        assert single.keys() == double.keys()
+        for key, value in single.items():
+            assert double[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6))
+
+
+def test_two_runs_at_once_share_a_cache_without_harm(tmp_path):
+    environment = {**os.environ, "STILLHOUSE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    recipe = ["run", "sinkd", "epochs=1", "teacher.epochs=2", "cache_teacher=true", "run.device=cpu"]
+    programs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "stillhouse.cli", *recipe, "--out", name],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("a", "b")
+    ]
+    for program in programs:
+        _, stderr = program.communicate(timeout=240)
+        assert program.returncode == 0, stderr
+    for name in ("metrics.json", "metrics.jsonl", "result/student/model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    assert len(list((tmp_path / "cache" / "runs").iterdir())) == 2, "the teacher and the student alone, once each"
+    for value in (tmp_path / "cache").rglob("end"):
+        read_tree(value)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(small_disk):
+    write_tree(small_disk / "good", {"weight": torch.ones(1000)})
+    with pytest.raises(RunError, match=r"the disk is full: .* was not written; what was written before it is intact"):
+        write_tree(small_disk / "good", {"weight": torch.zeros(2_000_000)})
+    assert torch.equal(read_tree(small_disk / "good")["weight"], torch.ones(1000))
+    assert [path.name for path in small_disk.iterdir()] == ["good"], "nothing half written is left"
