@@ -117,6 +117,8 @@ def claims(
 def main() -> None:
     """Run the command line: user errors are one sentence and exit code 2; Ctrl-C is 130."""
     debug = "--debug" in sys.argv
+    # Import paths in recipes (pkg.mod:Name) may name modules of the directory one works in.
+    sys.path.insert(0, "")
     try:
         code = typer.main.get_command(app).main(standalone_mode=False)
     except StillhouseError as error:

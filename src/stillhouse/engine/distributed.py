@@ -70,7 +70,7 @@ class World:
             return torch.cat(parts)
         from torch.distributed.nn.functional import all_gather
 
-        return torch.cat(all_gather(x.contiguous()))
+        return torch.cat(all_gather(x.contiguous()))  # type: ignore[no-untyped-call]
 
     def mean(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean over the elements of all processes that ``mask`` selects (all without a mask), with gradient.
@@ -110,7 +110,7 @@ class World:
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             dist.all_reduce(flat)
             flat /= self.size
-            for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            for gradient, piece in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
                 gradient.copy_(piece.view_as(gradient))
 
     def from_main(self, value: T) -> T:

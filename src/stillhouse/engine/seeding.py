@@ -49,4 +49,4 @@ def forked_generators(seed: int, device: torch.device | None = None) -> Iterator
         np.random.set_state(numpy_state)
         random.setstate(python_state)
         if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state, device)
+            torch.cuda.set_rng_state(cuda_state, device or "cuda")

@@ -1,0 +1,245 @@
+"""What makers of tiny training sets have in common: where images start, how a set is scored, how it is handed over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from functools import partial
+from statistics import fmean, pstdev
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from stillhouse.data import Batch, Facts, Split
+from stillhouse.data.export import Card, DistilledExport
+from stillhouse.engine import (
+    Compute,
+    Later,
+    Losses,
+    Method,
+    Modules,
+    Optimizer,
+    Result,
+    Run,
+    Stage,
+    SubRun,
+    Table,
+    Update,
+    measuring,
+)
+from stillhouse.errors import UserError
+from stillhouse.methods.supervised import Supervised, held_out
+from stillhouse.models import ConvNetSpec, ModelSpec, Taps, logits
+from stillhouse.modules.coresets import herding, k_center, random_selection
+from stillhouse.modules.distilled import DistilledSet
+from stillhouse.modules.siamese import DSA
+
+Start = Literal["random", "herding", "k-center", "noise"]
+
+
+class Condensation(Method):
+    """Base of methods that end in a tiny training set. It is always scored on fresh networks, at their last epoch."""
+
+    images_per_class: int = Field(1, ge=1, description="images of each class in the tiny set (IPC)")
+    network: ModelSpec = Field(
+        ConvNetSpec(), description="the network that is matched, and trained on the tiny set to score it"
+    )
+    augment: DSA = Field(
+        DSA(), description="differentiable augmentation (DSA), shared by real and tiny images of a class"
+    )
+    eval_networks: int = Field(5, ge=1, description="fresh networks that are trained on the tiny set")
+    eval_architectures: tuple[ModelSpec, ...] = Field(
+        (), description="unseen architectures to score the set on as well"
+    )
+    eval_epochs: int = Field(1800, ge=1, description="passes over the tiny set in scoring")
+    eval_batch_size: int = Field(64, ge=1, description="batch size in scoring")
+    eval_optimizer: Optimizer = Field(
+        Optimizer(name="sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="step", milestones=(0.5,)),
+        description="optimiser in scoring; the learning rate falls to a tenth at half (released code)",
+    )
+    features_epochs: float = Field(
+        20, gt=0, description="training of the network whose features herding and k-center use"
+    )
+
+    # Where the images start -----------------------------------------------------------------------------------------
+
+    def start(self, run: Run, how: Start) -> Generator[Compute | SubRun, Any, DistilledSet]:
+        """The set before any training: chosen real images, or noise."""
+        split, facts = run.data.split("train"), run.data.facts
+        classes = self.check_data(run)
+        scale = run.data.scale
+        space: dict[str, Any] = {"mean": scale.mean, "std": scale.std} if scale is not None else {}
+        provenance = {"method": self.name, "data": run.data.name, "seed": run.seed}
+        if how == "noise":
+            made = yield Compute(
+                "start", lambda _: {"images": torch.randn(classes * self.images_per_class, *image(facts))}
+            )
+            labels = torch.arange(classes).repeat_interleave(self.images_per_class)
+            return DistilledSet(made["images"], labels, num_classes=classes, provenance=provenance, **space)
+        features: Callable[[], Tensor] = lambda: torch.empty(0)  # noqa: E731
+        if how != "random":
+            fields = {"data": self.data, "model": self.network, "epochs": self.features_epochs}
+            trained = yield SubRun("features", Supervised(**fields), seed=0, data=run.data)
+            features = partial(penultimate, trained.model, split, run)
+        chosen = yield Compute("start", lambda _: select(how, split.labels, self.images_per_class, features))
+        images = torch.cat([split.batch(part)["pixel_values"] for part in chosen.split(512)])
+        return DistilledSet.from_samples(
+            images, split.labels[chosen], torch.arange(len(chosen)), num_classes=classes, provenance=provenance, **space
+        )
+
+    def check_data(self, run: Run) -> int:
+        """The number of classes, when the data can be condensed at all."""
+        facts = run.data.facts
+        if facts.num_classes is None or facts.task != "classification":
+            raise UserError(f"data: {self.name} needs class labels, and {run.data.name!r} has none.")
+        if "pixel_values" not in facts.inputs:
+            raise UserError(f"data: {self.name} needs images, and {run.data.name!r} has {', '.join(facts.inputs)}.")
+        for label, members in run.data.split("train").by_class().items():
+            if len(members) == 0:
+                raise UserError(
+                    f"data: class {label} of {run.data.name!r} has 0 training images; every class needs one."
+                )
+            if len(members) < self.images_per_class:
+                raise UserError(
+                    f"images_per_class is {self.images_per_class}, but class {label} has only {len(members)} images."
+                )
+        return facts.num_classes
+
+    # How a set is scored --------------------------------------------------------------------------------------------
+
+    def scored(self, run: Run, distilled: DistilledSet, name: str) -> Generator[Any, Any, dict[str, list[float]]]:
+        """Test accuracy of fresh networks trained on the set, by architecture; last epoch, never the best."""
+        facts = run.data.facts
+        # The set as it stands now: a later stage may go on changing it.
+        tensors = {"pixel_values": distilled.images.detach().cpu().clone(), "labels": distilled.targets().cpu().clone()}
+        split = Split("distilled", facts, tensors)
+        specs = {"": self.network} | {
+            f"{number}-{spec.kind}": spec for number, spec in enumerate(self.eval_architectures)
+        }
+        nets: dict[str, list[nn.Module]] = {key: [] for key in specs}
+        steps = self.eval_epochs * max(1, math.ceil(len(distilled) / self.eval_batch_size))
+
+        def build(key: str, spec: ModelSpec, stage: str) -> Stage:
+            net = spec.build(facts)
+            nets[key].append(net)
+            size = min(self.eval_batch_size, len(distilled))
+            batches = split.batches(size, drop_last=False)
+            update = Update(self.train_loss, {"net": self.eval_optimizer})
+            return Stage(stage, {"net": net}, [update], steps=steps, batches=batches)
+
+        stages = []
+        for key, spec in specs.items():
+            for number in range(self.eval_networks):
+                stage = f"score/{name}{'-' + key if key else ''}-{number}"
+                stages.append(Later(stage, partial(build, key, spec, stage)))
+        yield stages
+        measured: dict[str, list[float]] = yield Compute(
+            f"scores/{name}",
+            lambda _: {key: [held_out(net, run)["test/accuracy"] for net in found] for key, found in nets.items()},
+        )
+        return measured
+
+    def train_loss(self, m: Modules, batch: Batch, run: Run) -> Losses:
+        """Cross-entropy of a network on augmented tiny images, with the same augmentation as in distilling."""
+        images = self.augment.augment(batch["pixel_values"])
+        return {"ce": F.cross_entropy(logits(m.net, batch.replace(pixel_values=images)), batch.labels)}
+
+    # How it is handed over ------------------------------------------------------------------------------------------
+
+    def concluded(
+        self, run: Run, distilled: DistilledSet, scores: dict[str, dict[str, list[float]]], **more: Any
+    ) -> Result:
+        """The result: the set in open formats with its card, a row per score, pictures."""
+        metrics: dict[str, float] = {}
+        rows: list[list[str | float | int]] = []
+        for label, by_architecture in scores.items():
+            for key, values in by_architecture.items():
+                network = self.network.kind if not key else key.partition("-")[2] + " (unseen)"
+                prefix = f"test/{label}" if not key else f"test/{label}/{key}"
+                metrics[f"{prefix}/accuracy"], metrics[f"{prefix}/std"] = fmean(values), pstdev(values)
+                rows.append([label, network, round(fmean(values), 4), round(pstdev(values), 4), len(distilled)])
+        main = "distilled" if "distilled" in scores else next(iter(scores))
+        metrics["test/accuracy"] = metrics[f"test/{main}/accuracy"]
+        protocol = {
+            "network": self.network.dump(),
+            "networks": self.eval_networks,
+            "epochs": self.eval_epochs,
+            "batch_size": self.eval_batch_size,
+            "optimizer": self.eval_optimizer.dump(),
+            "augment": self.augment.dump(),
+        }
+        card = Card(
+            method=self.name,
+            source=run.data.name,
+            seed=run.seed,
+            protocol=protocol,
+            paper=self.paper.title,
+            results={name: value for name, value in metrics.items() if name.endswith("accuracy")},
+            class_names=run.data.facts.class_names,
+        )
+        title = f"Networks trained on {len(distilled)} images (test accuracy at the last epoch, {self.eval_networks} networks)"
+        return Result(
+            artefacts={"set": DistilledExport(distilled, card)},
+            metrics=metrics,
+            tables=[Table(title, ["images", "network", "mean", "std", "number of images"], rows)],
+            pictures={"distilled": grid(distilled), **more.pop("pictures", {})},
+            **more,
+        )
+
+
+class Selection(Condensation):
+    """Base of the classics that choose real images."""
+
+    how: Start = "random"
+
+    def stages(self, run: Run) -> Any:
+        """Choose, then score."""
+        chosen = yield from self.start(run, self.how)
+        scores = yield from self.scored(run, chosen, "chosen")
+        return self.concluded(run, chosen, {"chosen": scores})
+
+
+def select(how: Start, labels: Tensor, per_class: int, features: Callable[[], Tensor]) -> Tensor:
+    """Positions of the chosen samples; draws from torch's global generator."""
+    match how:
+        case "herding":
+            return herding(features(), labels, per_class)
+        case "k-center":
+            return k_center(features(), labels, per_class)
+        case _:
+            return random_selection(labels, per_class)
+
+
+def penultimate(model: nn.Module, split: Split, run: Run) -> Tensor:
+    """What the last linear layer of a network reads, for every sample of a split."""
+    last = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not last:
+        raise UserError(f"network: {type(model).__name__} has no linear layer whose input could serve as features.")
+    found = []
+    with Taps(model, last[-1], side="input") as taps, measuring(model):
+        for batch in split.in_order(512, device=run.world.device):
+            logits(model, batch)
+            found.append(taps.take()[last[-1]].flatten(1).cpu())
+    return torch.cat(found)
+
+
+def image(facts: Facts) -> tuple[int, int, int]:
+    """Channels, height and width of the images."""
+    channels, height, width = facts.inputs["pixel_values"]
+    return channels, height, width
+
+
+def grid(distilled: DistilledSet, columns: int = 10) -> Tensor:
+    """The set as one picture: a row per class (at most ten images of it), a white line between images."""
+    pixels = distilled.pixels.detach().cpu()
+    count, channels, _, width = pixels.shape
+    if channels not in (1, 3):
+        pixels = pixels[:, :1]
+    per_row = min(columns, distilled.images_per_class or columns) if (distilled.images_per_class or 1) > 1 else columns
+    padded = F.pad(pixels, (1, 1, 1, 1), value=1.0)
+    rows = [padded[i : i + per_row] for i in range(0, count, per_row)]
+    strips = [F.pad(torch.cat(list(row), 2), (0, (per_row - len(row)) * (width + 2), 0, 0), value=1.0) for row in rows]
+    return torch.cat(strips, 1)
