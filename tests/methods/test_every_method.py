@@ -12,7 +12,13 @@ from stillhouse.recipe import load_recipe
 from stillhouse.registry import INDEX
 
 # The small recipes, made tiny. A method that is missing here fails the test below.
+CONDENSED = ["network={kind: convnet, width: 4, depth: 2}", "eval_epochs=4", "eval_networks=2", "features_epochs=1"]
 TINY = {
+    "datadam": [*CONDENSED, "num_steps=6", "batch_real=4"],
+    "dm": [*CONDENSED, "num_steps=6", "batch_real=4"],
+    "herding": CONDENSED,
+    "k-center": CONDENSED,
+    "random-selection": CONDENSED,
     "kd": ["epochs=1", "teacher.epochs=1", "student.channels=[4, 4]", "teacher.model.channels=[8]"],
     "sinkd": ["epochs=1", "teacher.epochs=1", "student.channels=[4, 4]", "teacher.model.channels=[8]"],
     "supervised": ["epochs=1", "model.channels=[4, 4]"],

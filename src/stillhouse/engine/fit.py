@@ -324,7 +324,7 @@ class Turn:
         every = update.every if isinstance(update.every, int) else 1
         self.total = -(-stage.steps // every) * update.times
         fields = fit.run.method
-        self.weight_of = lambda term: (
+        self.weight_of: Callable[[str], Any] = lambda term: (
             update.weights.get(term, 1.0) if update.weights is not None else getattr(fields, f"weight_{term}", 1.0)
         )
         fp16 = fit.run.settings.precision == "fp16"
