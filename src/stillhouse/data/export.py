@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,8 @@ class DistilledExport:
 def save_distilled_set(distilled: DistilledSet, directory: Path, card: Card) -> dict[str, Path]:
     """Write every format that fits the set: the tensors first, then picture, PNG folders, Hugging Face data set, card.
 
-    Pictures need one or three channels, folders need classes.
+    Pictures need one or three channels, folders need classes; the Hugging Face data set is written where ``datasets`` is
+    installed, since everything else does without.
 
     Args:
         distilled: the set.
@@ -103,9 +105,10 @@ def save_distilled_set(distilled: DistilledSet, directory: Path, card: Card) -> 
         if classes is not None:
             paths["folders"] = directory / FOLDERS
             save_class_folders(paths["folders"], pixels, classes, names)
-        paths["dataset"] = directory / HUGGING_FACE
-        soft = None if distilled.target == "hard" else (distilled.target, distilled.labels.detach())
-        save_huggingface(paths["dataset"], pixels, classes, names, soft=soft)
+        if find_spec("datasets") is not None:
+            paths["dataset"] = directory / HUGGING_FACE
+            soft = None if distilled.target == "hard" else (distilled.target, distilled.labels.detach())
+            save_huggingface(paths["dataset"], pixels, classes, names, soft=soft)
     paths["card"] = directory / CARD
     paths["card"].write_text(_card_text(distilled, card, names, paths), encoding="utf-8")
     return paths

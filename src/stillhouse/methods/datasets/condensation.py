@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from functools import partial
+from importlib.util import find_spec
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
@@ -180,12 +181,18 @@ class Condensation(Method):
             results={name: value for name, value in metrics.items() if name.endswith("accuracy")},
             class_names=run.data.facts.class_names,
         )
+        notes = list(more.pop("notes", []))
+        if find_spec("datasets") is None:
+            notes.append(
+                "the Hugging Face data set was left out: pip install 'stillhouse[datasets]' and resume the run."
+            )
         title = f"Networks trained on {len(distilled)} images (test accuracy at the last epoch, {self.eval_networks} networks)"
         return Result(
             artefacts={"set": DistilledExport(distilled, card)},
             metrics=metrics,
             tables=[Table(title, ["images", "network", "mean", "std", "number of images"], rows)],
             pictures={"distilled": grid(distilled), **more.pop("pictures", {})},
+            notes=notes,
             **more,
         )
 
