@@ -1,6 +1,7 @@
 """Models: specs that build them, one way to call any of them, taps, and weights on disk."""
 
 from stillhouse.models.calling import as_logits, forward, logits
+from stillhouse.models.coding import Autoencoder, AutoencoderSpec, Code
 from stillhouse.models.convnet import CNN, CNNSpec, ConvNet, ConvNetSpec
 from stillhouse.models.denoiser import DiffusersSpec, PointDenoiserSpec, UNetSpec
 from stillhouse.models.hub import HubSpec
@@ -16,7 +17,10 @@ from stillhouse.models.weights import count_parameters, fingerprint, freeze, ini
 __all__ = [
     "CNN",
     "MLP",
+    "Autoencoder",
+    "AutoencoderSpec",
     "CNNSpec",
+    "Code",
     "ConvNet",
     "ConvNetSpec",
     "DiffusersSpec",

@@ -1,0 +1,1 @@
+"""Disentangling: short codes whose numbers mean one thing each."""
