@@ -13,7 +13,11 @@ from stillhouse.registry import INDEX
 
 # The small recipes, made tiny. A method that is missing here fails the test below.
 CONDENSED = ["network={kind: convnet, width: 4, depth: 2}", "eval_epochs=4", "eval_networks=2", "features_epochs=1"]
+CODED = ["data.size=16", "model.widths=[4]", "model.dense_widths=[8]", "num_steps=8", "batch_size=16"]
 TINY = {
+    "autoencoder": CODED,
+    "beta-tcvae": CODED,
+    "qlae": CODED,
     "datadam": [*CONDENSED, "num_steps=6", "batch_real=4"],
     "dm": [*CONDENSED, "num_steps=6", "batch_real=4"],
     "herding": CONDENSED,
