@@ -1,6 +1,6 @@
 """Time of ``stillhouse --help`` and ``stillhouse list`` against ``python -c "import typer, rich"``: medians, alternating.
 
-    python benchmarks/start_up.py [--repeats 11]
+python benchmarks/start_up.py [--repeats 11]
 """
 
 from __future__ import annotations

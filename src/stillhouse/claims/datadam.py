@@ -56,7 +56,10 @@ claim = Claim(
     ],
     seeds=(0, 1, 2),
     remark=(
-        "Networks of width 32 with instance norm, 800 steps, 4 fresh networks of 300 epochs a score. The margin over DM was "
-        "measured against its weight of 100 alone; the sweep over 1, 10 and 100 is the fairer comparison."
+        "Networks of width 32 with instance norm, 800 steps, 4 fresh networks of 300 epochs a score. The margin over real "
+        "images and over two of DM's weights holds; it fails by 0.6 points against DM's weight of 1. Five points were first "
+        "measured against a weight of 100 alone, which is DM's worst here: over the best of the sweep the gain is 4.4 points, "
+        "in every seed between 3.8 and 4.8. Power 1 and attention alone do as well as the default within noise; a fixed network "
+        "or separate augmentations lose 27 and 11 points."
     ),
 )

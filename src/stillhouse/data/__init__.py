@@ -15,6 +15,7 @@ from stillhouse.data.hub import HubData
 from stillhouse.data.images import FolderData
 from stillhouse.data.objects import ImportedData, ObjectData
 from stillhouse.data.pixels import PixelScale
+from stillhouse.data.points import Ring
 from stillhouse.data.procedural import DSprites, Scenes, Sprites
 from stillhouse.data.tables import CSVData, JSONLData, ParquetData
 from stillhouse.facts import Facts
@@ -43,6 +44,7 @@ __all__ = [
     "ObjectData",
     "ParquetData",
     "PixelScale",
+    "Ring",
     "Scenes",
     "Shift",
     "Split",

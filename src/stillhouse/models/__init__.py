@@ -3,7 +3,7 @@
 from stillhouse.models.calling import as_logits, forward, logits
 from stillhouse.models.coding import Autoencoder, AutoencoderSpec, Code
 from stillhouse.models.convnet import CNN, CNNSpec, ConvNet, ConvNetSpec
-from stillhouse.models.denoiser import DiffusersSpec, PointDenoiserSpec, UNetSpec
+from stillhouse.models.denoiser import DiffusersSpec, PointDenoiser, PointDenoiserSpec, UNetSpec, bottleneck
 from stillhouse.models.hub import HubSpec
 from stillhouse.models.mlp import MLP, MLPSpec
 from stillhouse.models.resnet import ImageNetResNetSpec, ResNet, ResNetSpec, WideResNet, WideResNetSpec
@@ -31,6 +31,7 @@ __all__ = [
     "MLPSpec",
     "ModelSpec",
     "ObjectSpec",
+    "PointDenoiser",
     "PointDenoiserSpec",
     "ResNet",
     "ResNetSpec",
@@ -41,6 +42,7 @@ __all__ = [
     "WideResNet",
     "WideResNetSpec",
     "as_logits",
+    "bottleneck",
     "count_parameters",
     "fingerprint",
     "forward",

@@ -87,7 +87,7 @@ class QuantizedInfoGAN(Method):
         """Tell real from generated samples, smoothly, and read the generated ones' codes."""
         real = inputs(batch)
         with torch.no_grad():
-            drawn, _ = m.quantizer.sample(len(real), generator=run.generator())
+            drawn = prior(m.quantizer, len(real), run)
             fake = m.generator(drawn).float().sigmoid()
         found = m.critic(fake)
         code = m.quantizer(found.outputs)
@@ -100,7 +100,7 @@ class QuantizedInfoGAN(Method):
 
     def generator_loss(self, m: Modules, batch: Batch, run: Run) -> Losses:
         """Please the critic with samples whose codes can be read."""
-        drawn, _ = m.quantizer.sample(len(inputs(batch)), generator=run.generator())
+        drawn = prior(m.quantizer, len(inputs(batch)), run)
         found = m.critic(m.generator(drawn).float().sigmoid())
         code = m.quantizer(found.outputs)
         terms: Losses = {
@@ -163,6 +163,12 @@ class QuantizedInfoGAN(Method):
             functions={"encode": Encoder(model), "decode": Decoder(model), "sample": Sampler(model)},
             notes=measured["notes"],
         )
+
+
+def prior(quantizer: LatentQuantizer, count: int, run: Run) -> Tensor:
+    """Codes of this process's samples, uniform over the stored values, with gradient to them."""
+    indices = (run.rand(count, quantizer.num_latents) * quantizer.sizes).long()
+    return quantizer.lookup(indices)
 
 
 class Sampler:
