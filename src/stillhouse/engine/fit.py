@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stillhouse.data import Batch
 from stillhouse.engine.checkpoint import Checkpoints
-from stillhouse.engine.optim import weight_at
+from stillhouse.engine.optim import Ramp, weight_at
 from stillhouse.engine.records import Recorder
 from stillhouse.engine.seeding import derive, forked_generators
 from stillhouse.engine.stage import Evaluation, Held, Losses, Modules, Skip, Stage, Trained, Update, resolve
@@ -323,10 +323,7 @@ class Turn:
         self.firings = 0
         every = update.every if isinstance(update.every, int) else 1
         self.total = -(-stage.steps // every) * update.times
-        fields = fit.run.method
-        self.weight_of: Callable[[str], Any] = lambda term: (
-            update.weights.get(term, 1.0) if update.weights is not None else getattr(fields, f"weight_{term}", 1.0)
-        )
+        self.weights: dict[str, float | Ramp] = dict(update.weights or {})
         fp16 = fit.run.settings.precision == "fp16"
         self.scaler = torch.amp.GradScaler(fit.device.type) if fp16 else None
         self.evaluating = [fit.modules[name] for name in update.eval]
@@ -358,6 +355,8 @@ class Turn:
                 losses = self.update.loss(fit.modules, batch, run)
             if isinstance(losses, Skip):
                 self.firings += 1
+                for module in self.evaluating:
+                    module.train()
                 return
             for loss, some_dropped in self._weighed(losses):
                 dropped |= some_dropped
@@ -409,7 +408,11 @@ class Turn:
         total: Tensor | None = None
         dropped = False
         for name, term in losses.items():
-            weight = weight_at(self.weight_of(name), self.fit.run.progress)
+            known = self.weights.get(name)
+            if known is None:
+                fields = None if self.update.weights is not None else self.fit.run.method
+                known = self.weights[name] = getattr(fields, f"weight_{name}", 1.0)
+            weight = known if isinstance(known, float) else weight_at(known, self.fit.run.progress)
             if weight == 0:
                 dropped = True
                 continue
