@@ -18,6 +18,7 @@ TINY = {
     "autoencoder": CODED,
     "beta-tcvae": CODED,
     "qlae": CODED,
+    "quantized-infogan": CODED,
     "datadam": [*CONDENSED, "num_steps=6", "batch_real=4"],
     "dm": [*CONDENSED, "num_steps=6", "batch_real=4"],
     "herding": CONDENSED,

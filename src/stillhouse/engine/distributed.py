@@ -75,16 +75,19 @@ class World:
     def mean(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean over the elements of all processes that ``mask`` selects (all without a mask), with gradient.
 
-        The processes may hold different numbers of selected elements. What is returned in one process is its share,
+        The processes may hold different numbers of selected elements; of none at all the mean is 0. A floating mask weighs.
+        What is returned in one process is its share,
         scaled so that the average over processes, which the engine takes of gradients and logs, is the global mean.
         """
-        if mask is None:
-            mask = torch.ones_like(x)
-        mask = mask.to(x.dtype).expand_as(x)
-        count = mask.sum()
+        if x.dtype in (torch.float16, torch.bfloat16):
+            x = x.float()
+        chosen = torch.ones_like(x) if mask is None else mask.to(x.dtype).expand_as(x)
+        count = chosen.sum()
         if self.size > 1:
             dist.all_reduce(count)
-        return (x * mask).sum() * self.size / count.clamp_min(1)
+        # What is masked out may be infinite, and 0 * inf is NaN.
+        kept = x if mask is None else torch.where(chosen == 0, 0, x * chosen)
+        return kept.sum() * self.size / torch.where(count == 0, 1, count)
 
     def average(self, x: Tensor) -> Tensor:
         """Average a tensor without gradient over processes."""
@@ -128,8 +131,20 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True in every process when it is true in one."""
+        return self.any_of([flag])[0]
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """:meth:`any` of each flag, in one message."""
         if self.size == 1:
-            return flag
-        box = torch.tensor(int(flag), device=self.device)
+            return list(flags)
+        box = torch.tensor(flags, dtype=torch.int32, device=self.device)
         dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        return bool(box.item())
+        return [bool(flag) for flag in box.tolist()]
+
+    def first(self, value: T | None) -> T | None:
+        """The value of the first process that has one; for a few small values."""
+        if self.size == 1:
+            return value
+        box: list[T | None] = [None] * self.size
+        dist.all_gather_object(box, value)
+        return next((one for one in box if one is not None), None)

@@ -17,7 +17,8 @@ from stillhouse.engine.optim import Ramp, weight_at
 from stillhouse.engine.records import Recorder
 from stillhouse.engine.seeding import derive, forked_generators
 from stillhouse.engine.stage import Evaluation, Held, Losses, Modules, Skip, Stage, Trained, Update, resolve
-from stillhouse.errors import NonFiniteError, RunError, UserError
+from stillhouse.errors import NonFiniteError, RunError, UserError, nearest
+from stillhouse.models import fingerprint
 
 if TYPE_CHECKING:
     from stillhouse.data import Batches
@@ -49,16 +50,25 @@ class Fit:
         self.state_names = [n for n, m in stage.modules.items() if not isinstance(m, Held)]
         for module in self.modules.values():
             module.to(device)
-        self.parts: list[Any] = [m for n in self.state_names if hasattr(m := self.modules[n], "after_step")]
+        self.parts: list[tuple[str, Any]] = [
+            (n, self.modules[n]) for n in self.state_names if hasattr(self.modules[n], "after_step")
+        ]
         self.turns = [Turn(update, stage, self) for update in stage.updates]
-        trained = [p for turn in self.turns for p in turn.parameters]
-        self.unmoved = [p for n in self.state_names for p in self.modules[n].parameters() if not _among(p, trained)]
+        trained = {id(p) for turn in self.turns for p in turn.parameters}
+        self.unmoved = [p for n in self.state_names for p in self.modules[n].parameters() if id(p) not in trained]
         self.streams = Streams(stage, run)
         self.per_epoch = max(1, stage.batches.per_epoch(run.world.size) // stage.accumulate) if stage.batches else 1
         self.averages = {n: Average(self.modules[n], decay) for n, decay in stage.ema.items()}
         self.recorder = Recorder(stage, run.directory.path / "records" / stage.name, run.world)
-        self.buffers = [b for n in self.state_names for b in self.modules[n].buffers()]
-        self.snapshots = [[b.clone() for b in self.buffers] for _ in range(2)]
+        # By owner and name: a module may put another tensor under a buffer's name.
+        self.buffers = [
+            (sub._buffers, name)
+            for sub in {id(sub): sub for n in self.state_names for sub in self.modules[n].modules()}.values()
+            for name, buffer in sub._buffers.items()
+            if buffer is not None
+        ]
+        self.snapshots: list[list[Tensor]] = [[], []]
+        self.prints: dict[str, str] = {}
         self.best: dict[str, Any] | None = None
         self.metrics: dict[str, float] = {}
         self.step = 0
@@ -71,22 +81,16 @@ class Fit:
     def train(self) -> Trained:
         """Train from the newest checkpoint (or from the start) to the end, or load the end state."""
         with self._held():
+            self.prints = self._fingerprints()
             end = self.checkpoints.finished()
             if end is None:
                 self._train()
-                if self.stage.keep == "best":
-                    assert self.best is not None
-                    self._load_modules(self.best["modules"])
-                elif self.stage.keep == "ema":
-                    for average in self.averages.values():
-                        average.apply()
-                if self.run.world.is_main:
-                    self.checkpoints.finish(self._state())
-                self.run.world.barrier()
+                self._end()
             else:
                 self._load(end)
             self.run.offset = end["offset"] if end else self.run.directory.offset()
             self.recorder.close()
+            self.streams.close()
         return Trained(
             name=self.stage.name,
             steps=self.step,
@@ -119,39 +123,69 @@ class Fit:
             self.recorder.take(step, self.modules)
             if stage.evaluate and (last or step % evaluate_every == 0):
                 self._evaluate(stage.evaluate, step)
+                last |= self.stopped_early
             stop, late = run.signals.stop, time.monotonic() - saved_at > 60 * settings.checkpoint_minutes
             if run.world.size > 1:
                 # Processes must agree, and agreeing costs a message: asked only where they meet anyway.
                 meeting = step % log_every == 0
                 stop, late = meeting and run.world.any(stop), meeting and run.world.any(late)
-            if not last and not self.stopped_early and (stop or late or (every_steps and step % every_steps == 0)):
-                self._check_late()
+            if not last and (stop or late or (every_steps and step % every_steps == 0)):
                 self._save()
                 saved_at = time.monotonic()
             if stop and not last:
                 raise Interrupted(f"stopped in stage {stage.name!r} at step {step}.")
+
+    def _end(self) -> None:
+        """Put the weights to keep into the modules and store the end state."""
         self._check_late()
+        if self.stage.keep == "best":
+            assert self.best is not None
+            self._load_modules(self.best.pop("modules"))
+        elif self.stage.keep == "ema":
+            for average in self.averages.values():
+                average.apply()
+        for name, before in self._fingerprints().items():
+            if before != self.prints[name]:
+                raise RunError(
+                    f"stage {self.stage.name!r}: the module {name!r} is held frozen and was changed during the stage; "
+                    "hold what moves as a module of the stage."
+                )
+        if self.run.world.is_main:
+            self.run.directory.flush()
+            self.checkpoints.finish(self._state())
+        self.run.world.barrier()
+
+    def _fingerprints(self) -> dict[str, str]:
+        frozen = {n: m.module for n, m in self.stage.modules.items() if isinstance(m, Held) and m.mode != "scratch"}
+        return {name: fingerprint(module) for name, module in frozen.items()}
 
     def _step(self, step: int) -> None:
         run, stage = self.run, self.stage
         run.enter(stage.name, step, stage.steps, self.per_epoch)
         if self.buffers:
-            torch._foreach_copy_(self.snapshots[step % 2], self.buffers)
+            self.snapshots[step % 2] = _copied([owner[name] for owner, name in self.buffers], self.snapshots[step % 2])
+        self._check_late()
         batches: list[Batch] | None = None
         for turn in self.turns:
             update = turn.update
-            if step % update.every if isinstance(update.every, int) else not update.every(run):
+            if isinstance(update.every, int):
+                fires = step % update.every == 0
+            else:
+                run.place("every", update.name)
+                fires = update.every(run)
+            if not fires:
                 continue
             for time_ in range(update.times):
                 if update.batches is not None:
                     mine = self._fetch(update.name, step, str(time_), prepared=False)
                 elif batches is None or time_ > 0:
                     again = f"{update.name} {time_}" if time_ else ""
-                    mine = batches = self._fetch("batch", step, again, prepared=True)
+                    mine = batches = self._fetch("", step, again, prepared=True)
                 else:
                     mine = batches
                 turn.fire(mine, step, time_)
-        for part in self.parts:
+        for name, part in self.parts:
+            run.place("after", name)
             part.after_step(run)
         for average in self.averages.values():
             average.update()
@@ -177,8 +211,8 @@ class Fit:
 
     def fail(self, turn: Turn, term: str, step: int) -> None:
         """Stop for a non-finite term: nothing was stepped, and buffers that the forward moved are put back."""
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self.snapshots[step % 2])
+        for (owner, name), saved in zip(self.buffers, self.snapshots[step % 2], strict=True):
+            owner[name].copy_(saved)
         kept = self.checkpoints.directory if self.checkpoints.any() else None
         raise NonFiniteError(
             f"stage {self.stage.name!r}, step {step}: the {term!r} term of update {turn.update.name!r} is NaN or infinite; "
@@ -189,12 +223,14 @@ class Fit:
         )
 
     def _log(self, step: int) -> None:
+        self._check_late()
         row: dict[str, float | int | str] = {"stage": self.stage.name, "step": step}
         for turn in self.turns:
             row.update(turn.flush())
         self.run.log(row)
 
     def _evaluate(self, evaluation: Evaluation, step: int) -> None:
+        self._check_late()
         seed = derive(self.run.seed, self.stage.name, step, "evaluate")
         averaged = self._averaged() if self.stage.keep == "ema" else nullcontext()
         with measuring(*self.modules.values()), forked_generators(seed, self.device), averaged:
@@ -208,7 +244,8 @@ class Fit:
             )
         value = measured[evaluation.monitor]
         sign = 1 if evaluation.mode == "max" else -1
-        if self.best is None or sign * value > sign * self.best["value"]:
+        # Nothing compares as better than NaN, so a first NaN would stay the best for ever.
+        if self.best is None or math.isnan(self.best["value"]) or sign * value > sign * self.best["value"]:
             modules = self._module_state(clone=True) if self.stage.keep == "best" else {}
             self.best = {"value": value, "step": step, "stale": 0, "metrics": measured, "modules": modules}
         else:
@@ -236,9 +273,16 @@ class Fit:
             "metrics": self.metrics,
             "stopped_early": self.stopped_early,
             "offset": self.run.directory.offset(),
+            "frozen": self.prints,
         }
 
     def _load(self, state: dict[str, Any]) -> None:
+        for name, before in state["frozen"].items():
+            if self.prints[name] != before:
+                raise UserError(
+                    f"stage {self.stage.name!r}: the frozen module {name!r} holds other weights than when this run was "
+                    "started; resume with the same ones, or start a new run."
+                )
         self.step = state["step"]
         self._load_modules(state["modules"])
         for turn in self.turns:
@@ -250,6 +294,7 @@ class Fit:
         self.stopped_early = state["stopped_early"]
 
     def _save(self) -> None:
+        self._check_late()
         if self.run.world.is_main:
             self.run.directory.flush()
             self.checkpoints.save(self.step, self._state())
@@ -301,20 +346,22 @@ class Turn:
 
     def __init__(self, update: Update, stage: Stage, fit: Fit) -> None:
         self.update, self.stage, self.fit = update, stage, fit
-        where = f"stage {stage.name!r}, update {update.name!r}"
+        self.where = where = f"stage {stage.name!r}, update {update.name!r}"
         self.groups: list[tuple[str, Any, list[nn.Parameter], torch.optim.Optimizer]] = []
         self.paths: list[str] = []
         self.parameters: list[nn.Parameter] = []
+        matched: set[int] = set()
         for pattern, spec in update.trains.items():
             try:
                 found = resolve(pattern, stage.modules)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
             for path, parameter in found:
-                if _among(parameter, self.parameters):
+                if id(parameter) in matched:
                     raise UserError(
                         f"{where}: {path} is matched by two patterns in 'trains'; let one of them leave it out."
                     )
+                matched.add(id(parameter))
                 self.paths.append(path)
                 self.parameters.append(parameter)
             parameters = [parameter for _, parameter in found]
@@ -326,11 +373,16 @@ class Turn:
         self.weights: dict[str, float | Ramp] = dict(update.weights or {})
         fp16 = fit.run.settings.precision == "fp16"
         self.scaler = torch.amp.GradScaler(fit.device.type) if fp16 else None
+        for name in update.eval:
+            if name not in fit.modules:
+                raise UserError(f"{where}: eval names {name!r}, which is not there; {nearest(name, fit.modules)}.")
         self.evaluating = [fit.modules[name] for name in update.eval]
         self.seen: list[tuple[str, Tensor, float]] = []
+        self.dropped = False
         self.sums: dict[str, Tensor] = {}
         self.scales: dict[str, float] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}
+        self.reached = update.sparse
         self.immediate = (
             fit.device.type == "cpu"
             or fit.run.world.size > 1
@@ -340,26 +392,42 @@ class Turn:
 
     def fire(self, batches: Sequence[Batch], step: int, time_: int) -> None:
         """One firing: losses and gradients over the micro-batches, then one step of each optimiser."""
-        run, fit = self.fit.run, self.fit
         self.check_late()
         for parameter in self.parameters:
             parameter.grad = None
+        self.seen, self.dropped = [], False
+        modes = [(sub, sub.training) for module in self.evaluating for sub in module.modules()]
         for module in self.evaluating:
             module.eval()
-        self.seen = []
+        try:
+            total = self._differentiate(batches, step, time_)
+        finally:
+            for sub, mode in modes:
+                sub.training = mode
+        if self.fit.run.world.size > 1:
+            self._agree(total, step)
+        if total is not None:
+            if not (self.reached or self.dropped):
+                self._check_reached()
+            bad = None if self.immediate else (~torch.isfinite(total)).float()
+            self._optimise(step, bad)
+            if bad is not None:
+                self.late = (step, self.seen, bad)
+            self._sum(len(batches))
+        self.firings += 1
+
+    def _differentiate(self, batches: Sequence[Batch], step: int, time_: int) -> Tensor | None:
+        """Gradients of the loss, and its value; None when nothing shall move."""
+        run, fit = self.fit.run, self.fit
         total: Tensor | None = None
-        dropped = False
         for micro, batch in enumerate(batches):
             run.place("loss", self.update.name, micro, time_)
             with fit.autocast():
                 losses = self.update.loss(fit.modules, batch, run)
+                whole = self._weigh(losses) if isinstance(losses, Mapping) else None
             if isinstance(losses, Skip):
-                self.firings += 1
-                for module in self.evaluating:
-                    module.train()
-                return
-            for loss, some_dropped in self._weighed(losses):
-                dropped |= some_dropped
+                return None
+            for loss in (whole,) if isinstance(losses, Mapping) else self._pieces(losses):
                 if loss is None:
                     continue
                 if len(batches) > 1:
@@ -370,43 +438,27 @@ class Turn:
                 if loss.requires_grad:
                     scaled = loss if self.scaler is None else self.scaler.scale(loss)
                     torch.autograd.backward(scaled, inputs=self.parameters)
-        for module in self.evaluating:
-            module.train()
-        if total is None:
-            raise UserError(
-                f"stage {self.stage.name!r}, update {self.update.name!r}: every term has weight 0, so nothing is trained."
-            )
-        if run.world.size > 1:
-            if run.world.any(not math.isfinite(total.item())):
-                self._blame(step)
-            run.world.average_gradients(self.parameters)
-        if self.firings == 0 and not (self.update.sparse or dropped):
-            self._check_reached()
-        bad = None if self.immediate else ~torch.isfinite(total)
-        self._optimise(step, bad)
-        if bad is not None:
-            self.late = (step, self.seen, bad)
-        for name, value, weight in self.seen:
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.scales[name] = weight
-        self.count += len(batches)
-        self.firings += 1
+        if total is None and not any(isinstance(weight, Ramp) for weight in self.weights.values()):
+            raise UserError(f"{self.where}: every term has weight 0, so nothing is trained.")
+        return total
 
-    def _weighed(self, losses: Losses | Iterator[Losses]) -> Iterator[tuple[Tensor | None, bool]]:
-        """The weighted loss, or those of its pieces one after the other, computed under the run's precision."""
-        pieces = iter((losses,)) if isinstance(losses, Mapping) else losses
+    def _pieces(self, losses: Iterator[Losses]) -> Iterator[Tensor | None]:
+        """The weighted losses of a generator, one after the other, computed under the run's precision."""
+        if not isinstance(losses, Iterator):
+            raise UserError(
+                f"{self.where}: its loss returns a {type(losses).__name__}; return named terms, such as {{'ce': ...}}."
+            )
         while True:
             with self.fit.autocast():
-                piece = next(pieces, None)
+                piece = next(losses, None)
                 if piece is None:
                     return
                 weighed = self._weigh(piece)
             yield weighed
 
-    def _weigh(self, losses: Losses) -> tuple[Tensor | None, bool]:
-        """The weighted sum of the terms whose weight is not 0, and whether any was left out."""
+    def _weigh(self, losses: Losses) -> Tensor | None:
+        """The weighted sum of the terms whose weight is not 0."""
         total: Tensor | None = None
-        dropped = False
         for name, term in losses.items():
             known = self.weights.get(name)
             if known is None:
@@ -414,51 +466,79 @@ class Turn:
                 known = self.weights[name] = getattr(fields, f"weight_{name}", 1.0)
             weight = known if isinstance(known, float) else weight_at(known, self.fit.run.progress)
             if weight == 0:
-                dropped = True
+                self.dropped = True
                 continue
             value: Tensor = term if isinstance(term, Tensor) else term()
+            if value.dim():
+                raise UserError(
+                    f"{self.where}: the term {name!r} has the shape {list(value.shape)}; a term is one number, "
+                    "so take its mean."
+                )
             weighted = value if weight == 1 else value * weight
             total = weighted if total is None else total + weighted
-            self.seen.append((name, value.detach(), weight))
-        return total, dropped
+            self.seen.append((name, value.detach().float(), weight))
+        return total
+
+    def _agree(self, total: Tensor | None, step: int) -> None:
+        """Bring the processes together: skip, fail or average alike, in all of them."""
+        world = self.fit.run.world
+        bad = total is not None and not math.isfinite(total.item())
+        flags = [total is None, total is not None, bad, *(p.grad is not None for p in self.parameters)]
+        still, moves, bad, *reached = world.any_of(flags)
+        if still and moves:
+            raise UserError(
+                f"{self.where}: its loss skips in some processes and not in others; decide by run.mean or run.gather."
+            )
+        if bad:
+            self._blame(step)
+        # What no process reached has no gradient, as in a single process, and is not stepped.
+        world.average_gradients([p for p, one in zip(self.parameters, reached, strict=True) if one])
+
+    def _sum(self, micro_batches: int) -> None:
+        """Add the terms of a firing to what the next row of the log will say."""
+        for name, value, weight in self.seen:
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.scales[name] = weight
+        for name in {name for name, *_ in self.seen}:
+            self.counts[name] = self.counts.get(name, 0) + micro_batches
 
     def _optimise(self, step: int, bad: Tensor | None) -> None:
+        moving = []
         for _, spec, parameters, optimizer in self.groups:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            if self.scaler is not None:
-                self.scaler.unscale_(optimizer)
-            if spec.clip_value is not None:
-                torch._foreach_clamp_min_(gradients, -spec.clip_value)
-                torch._foreach_clamp_max_(gradients, spec.clip_value)
-            norm: Tensor | None = None
-            if spec.clip_norm is not None:
-                norm = nn.utils.clip_grad_norm_(parameters, spec.clip_norm, foreach=True)
-            elif self.scaler is None and gradients:
-                norm = torch.stack(torch._foreach_norm(gradients)).sum()
-            if norm is not None and self.scaler is None:
-                if bad is not None:
-                    bad |= ~torch.isfinite(norm)
-                elif not math.isfinite(norm.item()) and not _all_finite(gradients):
-                    self.fit.fail(self, "gradient", step)
             if not spec.constant:
                 lr = spec.lr_at(self.firings, self.total)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-        for *_, optimizer in self.groups:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if not gradients:
+                continue
+            moving.append(optimizer)
+            if self.scaler is not None:
+                self.scaler.unscale_(optimizer)
+            else:
+                found = torch.zeros((), device=self.fit.device) if bad is None else bad
+                _flag_non_finite(gradients, found)
+                if bad is None and found.item():
+                    self.fit.fail(self, "gradient", step)
+            if spec.clip_value is not None:
+                torch._foreach_clamp_min_(gradients, -spec.clip_value)
+                torch._foreach_clamp_max_(gradients, spec.clip_value)
+            if spec.clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, spec.clip_norm, foreach=True)
+        for optimizer in moving:
             if self.scaler is not None:
                 self.scaler.step(optimizer)
-            elif bad is not None:
-                # Fused optimisers read this flag on the device and leave weights and state alone when it is set.
-                optimizer.found_inf = bad.to(torch.float32)  # type: ignore[attr-defined]
-                optimizer.step()
             else:
+                if bad is not None:
+                    # Fused optimisers read this flag on the device and leave weights and state alone when it is set.
+                    optimizer.found_inf = bad  # type: ignore[attr-defined]
                 optimizer.step()
-        if self.scaler is not None:
+        if self.scaler is not None and moving:
             self.scaler.update()
 
     def _blame(self, step: int) -> None:
-        term = next((n for n, v, _ in self.seen if not math.isfinite(float(v))), "total")
-        self.fit.fail(self, term, step)
+        term = next((n for n, v, _ in self.seen if not math.isfinite(float(v))), None)
+        self.fit.fail(self, self.fit.run.world.first(term) or "total", step)
 
     def check_late(self) -> None:
         """Read the flag of the firing before: by now the device has it, so nobody waits."""
@@ -475,25 +555,26 @@ class Turn:
         missed = [path for path, p in zip(self.paths, self.parameters, strict=True) if p.grad is None]
         if missed:
             raise UserError(
-                f"stage {self.stage.name!r}, update {self.update.name!r}: no loss term reaches {missed[0]}"
+                f"{self.where}: no loss term reaches {missed[0]}"
                 + (f" and {len(missed) - 1} more trained parameters" if len(missed) > 1 else "")
                 + "; leave it out of 'trains', or mark the update 'sparse'."
             )
+        self.reached = True
 
     def flush(self) -> dict[str, float]:
         """Means of the terms since the last log, their weighted scales, the learning rates."""
         row: dict[str, float] = {}
         name = self.update.name
-        if self.count and self.sums:
-            means = self.fit.run.world.average(torch.stack([v.float() for v in self.sums.values()])) / self.count
-            for term, mean in zip(self.sums, means.tolist(), strict=True):
-                row[f"{name}/{term}"] = mean
+        if self.sums:
+            sums = self.fit.run.world.average(torch.stack(list(self.sums.values())))
+            for term, total in zip(self.sums, sums.tolist(), strict=True):
+                row[f"{name}/{term}"] = mean = total / self.counts[term]
                 if self.scales[term] != 1:
                     row[f"{name}/{term}/scale"] = mean * self.scales[term]
         for pattern, spec, _, optimizer in self.groups:
             if not spec.constant:
                 row[f"{name}/lr/{pattern}"] = optimizer.param_groups[0]["lr"]
-        self.sums, self.scales, self.count = {}, {}, 0
+        self.sums, self.scales, self.counts = {}, {}, {}
         return row
 
     def state(self) -> dict[str, Any]:
@@ -504,12 +585,14 @@ class Turn:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "sums": self.sums,
             "scales": self.scales,
-            "count": self.count,
+            "counts": self.counts,
+            "reached": self.reached,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`state` gave."""
-        self.firings, self.scales, self.count = state["firings"], state["scales"], state["count"]
+        self.firings, self.reached = state["firings"], state["reached"]
+        self.scales, self.counts = state["scales"], state["counts"]
         self.sums = {name: value.to(self.fit.device) for name, value in state["sums"].items()}
         for name, *_, optimizer in self.groups:
             optimizer.load_state_dict(state["optimizers"][name])
@@ -529,7 +612,7 @@ class Streams:
     def __init__(self, stage: Stage, run: Run) -> None:
         sources: dict[str, Batches] = {}
         if stage.batches is not None:
-            sources["batch"] = stage.batches
+            sources[""] = stage.batches
         for update in stage.updates:
             if update.batches is not None:
                 sources[update.name] = update.batches
@@ -546,6 +629,11 @@ class Streams:
     def next(self, name: str) -> Batch:
         """The next batch of a stream; an empty one where the stage has none."""
         return next(self.streams[name]) if name in self.streams else Batch()
+
+    def close(self) -> None:
+        """End the processes that read, where there are any."""
+        for stream in self.streams.values():
+            stream.close()
 
     def state(self) -> dict[str, Any]:
         """Positions of all streams."""
@@ -611,10 +699,17 @@ def measuring(*modules: nn.Module) -> Iterator[None]:
             sub.training = mode
 
 
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Exact, and only asked when a norm is not finite: squares of large finite numbers overflow too."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+def _flag_non_finite(gradients: Sequence[Tensor], found: Tensor) -> None:
+    """Set ``found`` to 1 if an element is NaN or infinite, on its device: what gradient scalers use, at a scale of 1."""
+    one = torch.ones((), device=found.device)
+    for dtype in {gradient.dtype for gradient in gradients}:
+        same = [gradient for gradient in gradients if gradient.dtype == dtype]
+        torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
 
 
-def _among(parameter: Tensor, parameters: Sequence[Tensor]) -> bool:
-    return any(parameter is other for other in parameters)
+def _copied(tensors: list[Tensor], into: list[Tensor]) -> list[Tensor]:
+    """Copies of ``tensors``, in the memory of ``into`` once there is one."""
+    if not into:
+        return [tensor.clone() for tensor in tensors]
+    torch._foreach_copy_(into, tensors)
+    return into

@@ -1,0 +1,1 @@
+"""Generators: diffusion models and the few-step samplers distilled from them."""
