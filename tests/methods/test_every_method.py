@@ -13,6 +13,8 @@ from stillhouse.registry import INDEX
 
 # The small recipes, made tiny. A method that is missing here fails the test below.
 CONDENSED = ["network={kind: convnet, width: 4, depth: 2}", "eval_epochs=4", "eval_networks=2", "features_epochs=1"]
+DRAWN = ["num_steps=6", "batch_size=4", "eval_samples=8", "probe={kind: cnn, channels: [4]}", "probe_epochs=1"]
+SMALL_UNET = "{kind: unet, width: 8, multipliers: [1]}"
 CODED = ["data.size=16", "model.widths=[4]", "model.dense_widths=[8]", "num_steps=8", "batch_size=16"]
 TINY = {
     "autoencoder": CODED,
@@ -21,6 +23,17 @@ TINY = {
     "quantized-infogan": CODED,
     "datadam": [*CONDENSED, "num_steps=6", "batch_real=4"],
     "dm": [*CONDENSED, "num_steps=6", "batch_real=4"],
+    "denoiser": [*DRAWN, f"model={SMALL_UNET}", "eval_steps=[2, 1]"],
+    "dmd2": [
+        *DRAWN,
+        "generator_every=2",
+        f"teacher.model={SMALL_UNET}",
+        "teacher.num_steps=4",
+        "teacher.batch_size=4",
+        "teacher_steps=2",
+        "regression_pairs=8",
+        "regression_steps=3",
+    ],
     "herding": CONDENSED,
     "k-center": CONDENSED,
     "random-selection": CONDENSED,

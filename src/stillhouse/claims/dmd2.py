@@ -29,7 +29,12 @@ claim = Claim(
         "one-to-one-equal-updates": {"generator_every": 1, "num_steps": 400},
     },
     margins=[Margin("two-time-scales", "one-to-one", "test/sliced_wasserstein", by=0.10, mode="min", ratio=True)],
-    metrics=["test/mode_recall", "test/mode_quality", "test/teacher/sliced_wasserstein", "test/teacher-1-step/sliced_wasserstein"],
+    metrics=[
+        "test/mode_recall",
+        "test/mode_quality",
+        "test/teacher/sliced_wasserstein",
+        "test/teacher-1-step/sliced_wasserstein",
+    ],
     seeds=(0, 1, 2),
     remark=(
         "A 3 x 128 network as teacher, student and fake score; 2,000 iterations, so 400 updates of the generator at 5:1. Three "

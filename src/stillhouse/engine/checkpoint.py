@@ -25,14 +25,16 @@ class Checkpoints:
 
     def save(self, step: int, tree: dict[str, Any]) -> None:
         """Store a checkpoint, then drop all but the last two."""
-        write_tree(self.directory / f"step-{step:09d}", tree)
-        for old in self._steps()[: -self.keep]:
+        newest = self.directory / f"step-{step:09d}"
+        write_tree(newest, tree)
+        steps = self._steps()
+        # Later ones can only be damaged: this run continued from before them.
+        good = [path for path in steps if path <= newest]
+        for old in [*good[: -self.keep], *(path for path in steps if path > newest)]:
             shutil.rmtree(old, ignore_errors=True)
 
     def latest(self) -> dict[str, Any] | None:
-        """The newest readable checkpoint, or None. Clears away what a killed process left half written."""
-        for aside in self.directory.glob(".*"):
-            shutil.rmtree(aside, ignore_errors=True)
+        """The newest readable checkpoint, or None."""
         for path in reversed(self._steps()):
             try:
                 tree: dict[str, Any] = read_tree(path)
@@ -49,7 +51,7 @@ class Checkpoints:
     def finish(self, tree: dict[str, Any]) -> None:
         """Store the stage's end state and drop the checkpoints that led to it."""
         write_tree(self.directory / "end", tree)
-        for old in self._steps():
+        for old in [*self._steps(), *self.directory.glob(".step-*")]:
             shutil.rmtree(old, ignore_errors=True)
 
     def finished(self) -> dict[str, Any] | None:

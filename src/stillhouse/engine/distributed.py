@@ -75,9 +75,9 @@ class World:
     def mean(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean over the elements of all processes that ``mask`` selects (all without a mask), with gradient.
 
-        The processes may hold different numbers of selected elements; of none at all the mean is 0. A floating mask weighs.
-        What is returned in one process is its share,
-        scaled so that the average over processes, which the engine takes of gradients and logs, is the global mean.
+        The processes may hold different numbers of selected elements; of none at all the mean is 0. A floating mask
+        weighs. What is returned in one process is its share, scaled so that the average over processes, which the
+        engine takes of gradients and logs, is the global mean.
         """
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()

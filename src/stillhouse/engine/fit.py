@@ -61,7 +61,7 @@ class Fit:
         self.averages = {n: Average(self.modules[n], decay) for n, decay in stage.ema.items()}
         self.recorder = Recorder(stage, run.directory.path / "records" / stage.name, run.world)
         # By owner and name: a module may put another tensor under a buffer's name.
-        self.buffers = [
+        self.owners = [
             (sub._buffers, name)
             for sub in {id(sub): sub for n in self.state_names for sub in self.modules[n].modules()}.values()
             for name, buffer in sub._buffers.items()
@@ -162,8 +162,8 @@ class Fit:
     def _step(self, step: int) -> None:
         run, stage = self.run, self.stage
         run.enter(stage.name, step, stage.steps, self.per_epoch)
-        if self.buffers:
-            self.snapshots[step % 2] = _copied([owner[name] for owner, name in self.buffers], self.snapshots[step % 2])
+        if self.owners:
+            self.snapshots[step % 2] = _copied(self._buffers(), self.snapshots[step % 2])
         self._check_late()
         batches: list[Batch] | None = None
         for turn in self.turns:
@@ -205,14 +205,17 @@ class Fit:
             batches.append(batch)
         return batches
 
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for owner, name in self.owners if (buffer := owner[name]) is not None]
+
     def _check_late(self) -> None:
         for turn in self.turns:
             turn.check_late()
 
     def fail(self, turn: Turn, term: str, step: int) -> None:
         """Stop for a non-finite term: nothing was stepped, and buffers that the forward moved are put back."""
-        for (owner, name), saved in zip(self.buffers, self.snapshots[step % 2], strict=True):
-            owner[name].copy_(saved)
+        for buffer, saved in zip(self._buffers(), self.snapshots[step % 2], strict=True):
+            buffer.copy_(saved)
         kept = self.checkpoints.directory if self.checkpoints.any() else None
         raise NonFiniteError(
             f"stage {self.stage.name!r}, step {step}: the {term!r} term of update {turn.update.name!r} is NaN or infinite; "
@@ -499,7 +502,7 @@ class Turn:
         for name, value, weight in self.seen:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.scales[name] = weight
-        for name in {name for name, *_ in self.seen}:
+        for name in dict.fromkeys(name for name, *_ in self.seen):
             self.counts[name] = self.counts.get(name, 0) + micro_batches
 
     def _optimise(self, step: int, bad: Tensor | None) -> None:
@@ -702,7 +705,7 @@ def measuring(*modules: nn.Module) -> Iterator[None]:
 def _flag_non_finite(gradients: Sequence[Tensor], found: Tensor) -> None:
     """Set ``found`` to 1 if an element is NaN or infinite, on its device: what gradient scalers use, at a scale of 1."""
     one = torch.ones((), device=found.device)
-    for dtype in {gradient.dtype for gradient in gradients}:
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         same = [gradient for gradient in gradients if gradient.dtype == dtype]
         torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,14 @@ class Recorder:
     def _file(self, record: str, key: str, count: int, like: np.ndarray[Any, Any]) -> np.memmap[Any, Any]:
         if (record, key) not in self.files:
             path = self.directory / record / f"{key}.npy"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shape = (count, *like.shape)
-            # A file left by the killed run is written on; the rows up to its checkpoint are already right.
-            self.files[record, key] = (
-                open_memmap(path, mode="r+")
-                if path.exists()
-                else open_memmap(path, mode="w+", dtype=like.dtype, shape=shape)
-            )
+            # A file left by a killed run is written on; the rows up to its checkpoint are already right.
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                aside = path.with_name(f".{path.name}")
+                open_memmap(aside, mode="w+", dtype=like.dtype, shape=(count, *like.shape)).flush()
+                _claim(aside)
+                os.replace(aside, path)
+            self.files[record, key] = open_memmap(path, mode="r+")
         return self.files[record, key]
 
     def flush(self) -> None:
@@ -70,3 +71,10 @@ class Recorder:
             }
             for name, record in self.stage.records.items()
         }
+
+
+def _claim(path: Path) -> None:
+    """Take the file's blocks now: a full disk is an error here, and a crash when a mapped page finds no room later."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

@@ -73,7 +73,6 @@ class Result:
 
     def save(self, directory: Path) -> None:
         """Write metrics, artefacts, tables and pictures below ``directory``."""
-        write_text(directory / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
         result = directory / "result"
         result.mkdir(exist_ok=True)
         for name, artefact in self.artefacts.items():
@@ -87,6 +86,8 @@ class Result:
         write_text(result / "tables.json", json.dumps({"tables": tables, "notes": self.notes}, indent=2) + "\n")
         for name, picture in self.pictures.items():
             save_png(picture, result / f"{name}.png")
+        # Last: this file says that the run has ended.
+        write_text(directory / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
 
 
 def save_png(picture: Tensor, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from stillhouse.engine.result import Result
 from stillhouse.engine.rundir import RunDirectory
 from stillhouse.engine.seeding import derive, seed_generators
 from stillhouse.engine.stage import Compute, Later, Stage, SubRun, Trained, Yield
-from stillhouse.engine.storage import CorruptError, read_tree, write_text, write_tree
+from stillhouse.engine.storage import CorruptError, read_tree, told_when_full, write_text, write_tree
 from stillhouse.engine.tracking import Trackers
 from stillhouse.errors import UserError
 from stillhouse.spec import Spec
@@ -208,7 +209,7 @@ class Run:
         self.directory.log(row)
         self.listener.row(row)
         if self._trackers is not None:
-            self._trackers.log(row)
+            self._trackers.log(row, self.directory.rows)
 
     def execute(self) -> Result:
         """Run, or continue, to the end; the result is saved in the directory.
@@ -219,6 +220,10 @@ class Run:
             Interrupted: :attr:`Signals.stop` was set; a checkpoint was written.
             RunError: the disk is full, ...
         """
+        with told_when_full(self.directory.path):
+            return self._execute()
+
+    def _execute(self) -> Result:
         names: dict[str, int] = {}
         yields: list[Any] = self.directory.read("checkpoints/yields.json") or []
         ambient = Ambient()
@@ -230,7 +235,8 @@ class Run:
         index = 0
         try:
             while True:
-                seed_generators(derive(self.seed, "yield", index), self.world.device)
+                self.enter("", 0, 1)
+                self.place("yield", index)
                 try:
                     item: Yield = generator.send(reply)
                 except StopIteration as stop:
@@ -263,16 +269,9 @@ class Run:
             if one.name in names:
                 raise UserError(f"two yields are named {one.name!r}; names must be unique in a run.")
             names[one.name] = index
-        signature = [
-            one.signature() if isinstance(one, Stage) else {"kind": type(one).__name__.lower(), "name": one.name}
-            for one in items
-        ]
-        if index < len(yields) and yields[index] != signature:
-            was, now = _first_difference(yields[index], signature)
-            raise UserError(
-                f"{self.directory.path}: yield {index} was {was} when this run was started and is {now} now; "
-                "resume with the code and recipe it was started with, or start a new run."
-            )
+        signature = [one.signature() for one in items]
+        if index < len(yields):
+            self._compare(yields[index], signature, f"yield {index}")
         if index >= len(yields):
             yields.append(signature)
             if self.world.is_main:
@@ -280,13 +279,25 @@ class Run:
         replies = [self._one(one) for one in items]
         return replies if isinstance(item, Iterable) else replies[0]
 
+    def _compare(self, was: list[Any], now: list[Any], what: str) -> None:
+        if was != now:
+            before, after = _first_difference(was, now)
+            raise UserError(
+                f"{self.directory.path}: {what} was {before} when this run was started and is {after} now; "
+                "resume with the code and recipe it was started with, or start a new run."
+            )
+
     def _one(self, item: Stage | Later | Compute | SubRun) -> Any:
         match item:
             case Later():
-                seed_generators(derive(self.seed, "build", item.name), self.world.device)
+                self.enter(item.name, 0, 1)
+                self.place("build")
                 stage = item.build()
                 if stage.name != item.name:
                     raise UserError(f"the builder {item.name!r} made a stage named {stage.name!r}; they must be equal.")
+                record, signature = f"checkpoints/{stage.name}/stage.json", stage.signature()
+                self._compare([self.directory.read(record) or signature], [signature], f"the stage {stage.name!r}")
+                self.directory.write(record, signature)
                 return self._train(stage)
             case Stage():
                 return self._train(item)
@@ -312,7 +323,8 @@ class Run:
                     self.enter(item.name, 0, 1)
                     self.place("compute")
                     files = home / "files"
-                    files.mkdir(exist_ok=True)
+                    shutil.rmtree(files, ignore_errors=True)
+                    files.mkdir()
                     self.listener.stage(item.name, 1, 0)
                     write_tree(home / "value", {"value": item.fn(files)}, base=home)
         self.world.barrier()
@@ -336,6 +348,8 @@ class Run:
             home = cache_directory() / "runs" / f"{item.method.name}-{self._key(item, data)}"
         directory = RunDirectory(home, writes=self.world.is_main)
         directory.lock(wait=True)
+        # The others look into the directory as well: not before it is this run's turn.
+        self.world.barrier()
         try:
             nested = Run(
                 item.method,
@@ -400,7 +414,7 @@ class Ambient:
 
 def _first_difference(was: list[Any], now: list[Any]) -> tuple[str, str]:
     for one, other in zip(was, now, strict=False):
-        for key in one.keys() | other.keys():
+        for key in sorted(one.keys() | other.keys()):
             if one.get(key) != other.get(key):
                 return f"{key} {one.get(key)!r}", f"{key} {other.get(key)!r}"
     return f"{len(was)} items", f"{len(now)} items"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stillhouse.engine.storage import write_text
-from stillhouse.errors import UserError
+from stillhouse.errors import RunError, UserError
 
 
 class RunDirectory:
@@ -20,6 +21,9 @@ class RunDirectory:
     Args:
         path: made if missing.
         writes: False in all processes but the main one: nothing is written or locked there.
+
+    Attributes:
+        rows: rows in the log so far.
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
@@ -27,6 +31,7 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path / ".lock")
         self._log: Any = None
+        self.rows = 0
 
     def lock(self, *, wait: bool = False) -> None:
         """Become the one writer.
@@ -52,9 +57,11 @@ class RunDirectory:
         self._lock.release()
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row to ``metrics.jsonl``."""
+        """Append one row to ``metrics.jsonl``; numbers that are not finite, which JSON lacks, are written as null."""
+        self.rows += 1
         if self._log is not None:
-            self._log.write(json.dumps(row).encode() + b"\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            self._log.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
             self._log.flush()
 
     def flush(self) -> None:
@@ -69,8 +76,14 @@ class RunDirectory:
     def rewind(self, offset: int) -> None:
         """Cut the log back to where a checkpoint was taken: what came after it will be logged again."""
         if self._log is not None:
+            if offset > self._log.tell():
+                raise RunError(
+                    f"{self.path / 'metrics.jsonl'} is shorter than when the last checkpoint was taken, so the run cannot "
+                    "go on from it; put the file back or start a new run."
+                )
             self._log.truncate(offset)
             self._log.seek(0, os.SEEK_END)
+            self.rows = (self.path / "metrics.jsonl").read_bytes().count(b"\n")
 
     def finished(self) -> bool:
         """True when the run has ended and its result was written."""

@@ -127,6 +127,10 @@ class Evaluation:
     mode: Literal["max", "min"] = "max"
     patience: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"evaluation: every is {self.every}, but it measures at most every 1 step.")
+
 
 @dataclass(frozen=True)
 class Record:
@@ -139,6 +143,10 @@ class Record:
 
     take: Callable[[Modules], Mapping[str, Tensor]]
     every: int
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"record: every is {self.every}, but it records at most every 1 step.")
 
 
 @dataclass
@@ -180,6 +188,8 @@ class Stage:
             raise UserError(f"{where}: two updates share a name in {names}; give each its own.")
         if self.steps < 1:
             raise UserError(f"{where}: steps is {self.steps}, but a stage takes at least 1 step.")
+        if self.accumulate < 1:
+            raise UserError(f"{where}: accumulate is {self.accumulate}, but a step takes at least 1 micro-batch.")
         if self.keep == "best" and self.evaluate is None:
             raise UserError(f"{where}: keep='best' needs an evaluation to say which weights are best.")
         if self.keep == "ema" and not self.ema:
@@ -224,6 +234,10 @@ class Later:
     name: str
     build: Callable[[], Stage]
 
+    def signature(self) -> dict[str, Any]:
+        """What must be the same when the run is resumed."""
+        return {"kind": "stage built later", "name": self.name}
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -243,6 +257,10 @@ class Compute:
 
     def __post_init__(self) -> None:
         _check_name(self.name)
+
+    def signature(self) -> dict[str, Any]:
+        """What must be the same when the run is resumed."""
+        return {"kind": "computation", "name": self.name}
 
 
 @dataclass(frozen=True)
@@ -266,6 +284,10 @@ class SubRun:
 
     def __post_init__(self) -> None:
         _check_name(self.name)
+
+    def signature(self) -> dict[str, Any]:
+        """What must be the same when the run is resumed."""
+        return {"kind": "run", "name": self.name, "of": f"{self.method.name} {self.method.digest()} seed {self.seed}"}
 
 
 @dataclass

@@ -46,9 +46,11 @@ def write_tree(directory: Path, tree: Any, *, base: Path | None = None) -> None:
     seen: dict[tuple[Any, ...], str] = {}
     plain = _encode(tree, "", tensors, seen, base)
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")
-    with _told_when_full(directory):
+    with told_when_full(directory):
         try:
-            shutil.rmtree(aside, ignore_errors=True)
+            # There is one writer at a time, so whatever else lies aside was left by a process that was killed.
+            for left in directory.parent.glob(f".{directory.name}.*"):
+                shutil.rmtree(left, ignore_errors=True)
             aside.mkdir(parents=True)
             save_file(tensors, aside / TENSORS)
             (aside / TREE).write_text(json.dumps(plain))
@@ -87,11 +89,14 @@ def read_tree(directory: Path, *, base: Path | None = None) -> Any:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically (write aside, fsync, rename)."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with _told_when_full(path):
+    with told_when_full(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text)
-        _sync(aside)
-        os.replace(aside, path)
+        try:
+            aside.write_text(text)
+            _sync(aside)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def _encode(
@@ -102,16 +107,19 @@ def _encode(
             tensor = value.detach()
             identity = (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
             if tensor.numel() == 0 or identity not in seen:
-                name = key or "value"
+                # Keys may hold dots themselves, so two places can spell the same name.
+                name = key
+                while not name or name in tensors:
+                    name += "'"
                 storage = ("storage", tensor.untyped_storage().data_ptr())
                 # safetensors refuses two names of one memory: a view of what is stored already is stored as a copy.
                 tensors[name] = tensor.contiguous().clone() if storage in seen else _owned(tensor.cpu())
                 seen[identity] = seen[storage] = name
                 return {"$tensor": name}
             return {"$tensor": seen[identity]}
-        case np.ndarray():
-            tensors[key or "value"] = torch.from_numpy(np.ascontiguousarray(value))
-            return {"$array": key or "value"}
+        case np.ndarray() if value.dtype.kind in "biufc":
+            writable = value if value.flags.writeable and value.flags.c_contiguous else np.array(value, order="C")
+            return {"$array": _encode(torch.from_numpy(writable), key, tensors, seen, base)["$tensor"]}
         case np.generic():
             return value.item()
         case None | bool() | int() | float() | str():
@@ -153,6 +161,8 @@ def _decode(plain: Any, tensors: dict[str, Tensor], base: Path | None) -> Any:
         case {"$path": relative}:
             if base is None:
                 raise CorruptError(f"the stored path {relative} has no directory to belong to.")
+            if not (base / relative).exists():
+                raise CorruptError(f"{base / relative} is missing.")
             return base / relative
         case {"$tuple": items}:
             return tuple(_decode(item, tensors, base) for item in items)
@@ -180,7 +190,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _told_when_full(target: Path) -> Iterator[None]:
+def told_when_full(target: Path) -> Iterator[None]:
     """Turn a full disk into a sentence. safetensors reports it in words, not as an OSError."""
     try:
         yield

@@ -18,7 +18,6 @@ class Trackers:
 
     def __init__(self, trackers: list[Any]) -> None:
         self.trackers = trackers
-        self.rows = 0
 
     @classmethod
     def start(cls, names: Sequence[str], directory: Path, recipe: Mapping[str, Any]) -> Trackers | None:
@@ -54,12 +53,11 @@ class Trackers:
             trackers.append(tracker)
         return cls(trackers)
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Pass on a row, numbered by its order, its names below the stage's."""
+    def log(self, row: Mapping[str, Any], number: int) -> None:
+        """Pass on a row with its number in the log (a resumed run continues the count), its names below the stage's."""
         values = {f"{row['stage']}/{k}": v for k, v in row.items() if k not in ("stage", "step")}
         for tracker in self.trackers:
-            tracker.log({**values, f"{row['stage']}/step": row["step"]}, step=self.rows)
-        self.rows += 1
+            tracker.log({**values, f"{row['stage']}/step": row["step"]}, step=number)
 
     def finish(self) -> None:
         """Close all."""

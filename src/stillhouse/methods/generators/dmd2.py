@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Generator
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch

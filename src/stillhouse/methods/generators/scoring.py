@@ -57,6 +57,7 @@ class Generating(Method):
                 data=self.data,
                 model=self.probe,
                 epochs=self.probe_epochs,
+                batch_size=min(64, len(run.data.split("train"))),
                 optimizer=Optimizer(name="adamw", lr=2e-3, schedule="cosine"),
             )
             result = yield SubRun("probe", training, data=run.data)
