@@ -164,7 +164,7 @@ def main() -> None:
         engine, hand, once = [], [], []
         for repeat in range(repeats):
             # Which of the two goes first alternates as well: a machine drifts while it is measured.
-            for first in ((True, False) if repeat % 2 else (False, True)):
+            for first in (True, False) if repeat % 2 else (False, True):
                 if first:
                     per_step, constant = by_engine(data, width, batch_size, steps)
                     engine.append(per_step)

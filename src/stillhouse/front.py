@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from ruamel.yaml import YAML
 
 from stillhouse.data import ObjectData
 from stillhouse.engine import Listener, Result, Run, RunDirectory, World
@@ -77,9 +79,23 @@ def run_recipe(
     cache: bool = True,
     listener: Listener | None = None,
     world: World | None = None,
+    about: dict[str, Any] | None = None,
     **options: Any,
 ) -> Result:
-    """Run or continue a recipe in the directory ``out``; more ``options`` go to :class:`~stillhouse.engine.Run`."""
+    """Run or continue a recipe in the directory ``out``; more ``options`` go to :class:`~stillhouse.engine.Run`.
+
+    Args:
+        recipe: the recipe.
+        out: the run directory.
+        cache: reuse trained teachers and outputs across runs.
+        listener: told of progress.
+        world: the processes.
+        about: written as ``run.json`` when the run is new: the command, versions, ...
+        options: see :class:`~stillhouse.engine.Run`.
+
+    Raises:
+        UserError: ``out`` holds a run of another recipe.
+    """
     world = world or World.start(recipe.settings.device)
     directory = RunDirectory(out, writes=world.is_main)
     directory.lock()
@@ -88,7 +104,10 @@ def run_recipe(
         torch.set_num_threads(recipe.settings.threads)
     try:
         if world.is_main:
+            _same_recipe(recipe, out / "recipe.yaml")
             recipe.write(out / "recipe.yaml")
+            if about is not None and not (out / "run.json").exists():
+                directory.write("run.json", about)
         run = Run(
             recipe.method,
             directory,
@@ -103,3 +122,15 @@ def run_recipe(
     finally:
         torch.set_num_threads(threads)
         directory.release()
+
+
+def _same_recipe(recipe: Recipe, path: Path) -> None:
+    """Refuse to continue a run with another recipe: its checkpoints would be taken for the new one's."""
+    if not path.exists():
+        return
+    before, now = YAML(typ="safe", pure=True).load(path.read_text()), recipe.dump()
+    for key in sorted(before.keys() | now.keys()):
+        if key != "run" and json.dumps(before.get(key)) != json.dumps(now.get(key)):
+            raise UserError(
+                f"{path.parent} holds a run whose {key!r} is {before.get(key)!r}, not {now.get(key)!r}; choose another directory."
+            )

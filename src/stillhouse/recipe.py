@@ -140,7 +140,7 @@ def _override(model: type[Spec], raw: dict[str, Any], override: str) -> None:
         value = _as_mapping(family, value, last if done == len(heads) - 1 else "", key)
         raw[head] = value
         raw = value
-        here = family.members.get(value["kind"], family) if issubclass(family, Tagged) else family
+        here = family.members.get(str(value.get("kind")), family) if issubclass(family, Tagged) else family
     if last == "kind" and isinstance(here, type) and issubclass(here, Tagged):
         raw.clear()
         raw["kind"] = text

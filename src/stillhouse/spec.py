@@ -107,7 +107,7 @@ class Tagged(Spec):
             kind = fields.pop("kind", None)
             if kind is None:
                 raise ValueError(f"a {cls.noun} written as a mapping needs 'kind', one of {sorted(cls.members)}")
-            if kind not in cls.members:
+            if not isinstance(kind, str) or kind not in cls.members:
                 raise ValueError(f"there is no {cls.noun} kind {kind!r}; {nearest(str(kind), cls.members)}")
             try:
                 return cls.members[kind].model_validate(fields)  # type: ignore[return-value]

@@ -535,7 +535,7 @@ def test_the_imagenet_recipe_trains_with_local_stand_ins_for_the_hub(tmp_path):
     import numpy as np
 
     rng = np.random.default_rng(0)
-    rows = {"image": [rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(12)], "label": [0, 1] * 6}
+    rows = {"image": [rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(60)], "label": [0, 1] * 30}
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "images")
     net = diffusers.UNet2DModel(
@@ -553,13 +553,12 @@ def test_the_imagenet_recipe_trains_with_local_stand_ins_for_the_hub(tmp_path):
     net.save_pretrained(tmp_path / "teacher" / "unet")
     overrides = [
         f"data.path={tmp_path / 'images'}",
-        "data.validation=0.2",
         f"teacher.model.name={tmp_path / 'teacher'}",
         "num_steps=2",
         "batch_size=2",
         "probe={kind: cnn, channels: [4]}",
         "probe_epochs=1",
-        "eval_samples=6",
+        "eval_samples=10",
         "teacher_steps=2",
         "run.device=cpu",
         "run.threads=1",
@@ -598,7 +597,7 @@ def test_the_text_recipe_trains_with_local_stand_ins_for_the_hub(tmp_path, monke
         f"teacher.null_conditions={tmp_path / 'null.safetensors'}",
         "num_steps=2",
         "batch_size=2",
-        "eval_samples=4",
+        "eval_samples=10",
         "teacher_steps=2",
         "regression=baseline",
         "regression_pairs=4",

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stillhouse.engine import Listener
-from stillhouse.errors import UserError
+from stillhouse.errors import UserError, nearest
 from stillhouse.front import run_recipe
 from stillhouse.recipe import build_recipe, load_recipe
+from stillhouse.registry import entries
 from stillhouse.report import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -115,9 +116,12 @@ def find_claim(name: str) -> Claim:
     Raises:
         UserError: it has none.
     """
+    known = [entry["name"] for entry in entries()]
+    if name not in known:
+        raise UserError(f"there is no method {name!r}; {nearest(name, known)}")
     module = f"stillhouse.claims.{name.replace('-', '_')}"
     if find_spec(module) is None:
-        raise UserError(f"the method {name!r} states no claim; 'stillhouse list' shows the methods.")
+        raise UserError(f"the method {name!r} states no claim; those with a claim are systems, not classics.")
     claim: Claim = import_module(module).claim
     return claim
 

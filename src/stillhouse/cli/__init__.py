@@ -133,6 +133,13 @@ def main() -> None:
         code = 130
     except BrokenPipeError:
         code = 0
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        if debug:
+            raise
+        _say(
+            f"{getattr(error, 'filename', None) or 'a file'} cannot be used: {getattr(error, 'strerror', None) or error}."
+        )
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -16,7 +16,6 @@ from rich.markup import escape
 from stillhouse.cli.progress import ProgressBar
 from stillhouse.cli.tables import result_table
 from stillhouse.engine import Interrupted, Result, Signals, World
-from stillhouse.engine.storage import write_text
 from stillhouse.errors import UserError
 from stillhouse.front import run_recipe
 from stillhouse.models import ModelSpec, count_parameters
@@ -80,11 +79,10 @@ def _go(recipe: Recipe, directory: Path, world: World, *, cache: bool) -> None:
     _stop_on_signals(signals)
     where = f"{escape(str(directory))} (seed {recipe.seed}, {world.device})"
     console.print(f"[bold]{recipe.method.name}[/bold] in {where}", highlight=False)
-    if world.is_main:
-        write_text(directory / "run.json", json.dumps(_about(recipe, cache), indent=2) + "\n")
+    about = _about(recipe, cache)
     try:
         with ProgressBar(console) as bar:
-            result = run_recipe(recipe, directory, cache=cache, listener=bar, world=world, signals=signals)
+            result = run_recipe(recipe, directory, cache=cache, listener=bar, world=world, signals=signals, about=about)
     except Interrupted as stopped:
         console.print(f"{stopped} Continue with:\n  stillhouse resume {directory}", highlight=False, markup=False)
         raise SystemExit(Interrupted.exit_code) from None

@@ -382,6 +382,7 @@ class Turn:
         self.evaluating = [fit.modules[name] for name in update.eval]
         self.seen: list[tuple[str, Tensor, float]] = []
         self.dropped = False
+        self.found, self.one = torch.zeros((), device=fit.device), torch.ones((), device=fit.device)
         self.sums: dict[str, Tensor] = {}
         self.scales: dict[str, float] = {}
         self.counts: dict[str, int] = {}
@@ -502,7 +503,7 @@ class Turn:
         for name, value, weight in self.seen:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.scales[name] = weight
-        for name in dict.fromkeys(name for name, *_ in self.seen):
+        for name in {name: None for name, _, _ in self.seen}:
             self.counts[name] = self.counts.get(name, 0) + micro_batches
 
     def _optimise(self, step: int, bad: Tensor | None) -> None:
@@ -519,8 +520,8 @@ class Turn:
             if self.scaler is not None:
                 self.scaler.unscale_(optimizer)
             else:
-                found = torch.zeros((), device=self.fit.device) if bad is None else bad
-                _flag_non_finite(gradients, found)
+                found = self.found if bad is None else bad
+                _flag_non_finite(gradients, found, self.one)
                 if bad is None and found.item():
                     self.fit.fail(self, "gradient", step)
             if spec.clip_value is not None:
@@ -702,11 +703,13 @@ def measuring(*modules: nn.Module) -> Iterator[None]:
             sub.training = mode
 
 
-def _flag_non_finite(gradients: Sequence[Tensor], found: Tensor) -> None:
+def _flag_non_finite(gradients: list[Tensor], found: Tensor, one: Tensor) -> None:
     """Set ``found`` to 1 if an element is NaN or infinite, on its device: what gradient scalers use, at a scale of 1."""
-    one = torch.ones((), device=found.device)
-    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
-        same = [gradient for gradient in gradients if gradient.dtype == dtype]
+    dtypes = {gradient.dtype: None for gradient in gradients}
+    for dtype in dtypes:
+        same = gradients if len(dtypes) == 1 else [gradient for gradient in gradients if gradient.dtype == dtype]
+        if dtype.is_complex:
+            same = [torch.view_as_real(gradient) for gradient in same]
         torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -51,10 +52,13 @@ class RunDirectory:
 
     def release(self) -> None:
         """Give up writing."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-        self._lock.release()
+        log, self._log = self._log, None
+        try:
+            if log is not None:
+                with contextlib.suppress(OSError):  # On a full disk the last row is lost, and that was already said.
+                    log.close()
+        finally:
+            self._lock.release()
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to ``metrics.jsonl``; numbers that are not finite, which JSON lacks, are written as null."""

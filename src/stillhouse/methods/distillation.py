@@ -120,7 +120,8 @@ class KnowledgeDistillation(TrainingFields):
                 f"cache_teacher: the outputs can be computed once only for fixed inputs, but augment is "
                 f"{self.augment.kind!r}; set augment=none or cache_teacher=false."
             )
-        key = json.dumps(["logits", 1, fingerprint(teacher), run.data.fingerprint, "train", torch.__version__])
+        parts = ["logits", 1, fingerprint(teacher), repr(teacher), run.data.fingerprint, "train", torch.__version__]
+        key = json.dumps([*parts, run.world.device.type, torch.get_num_threads()])
 
         def compute(_: Path) -> dict[str, Tensor]:
             teacher.to(run.world.device)
@@ -134,14 +135,15 @@ class KnowledgeDistillation(TrainingFields):
 
 def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict[str, Any]:
     """Test quality, size and CPU latency of each model, and how well students agree with the first teacher."""
-    split = run.data.split("test" if "test" in run.data.splits else "validation")
+    measured = "test" if "test" in run.data.splits else "validation"
+    split = run.data.split(measured)
     main = "mse" if run.data.facts.task == "regression" else "accuracy"
     example = {k: v[:1].cpu() for k, v in split.batch([0]).inputs.items()}
     rows, metrics = [], {}
     for name, model in models.items():
         model.to(run.world.device)
         numbers = quality(model, split, run)
-        metrics.update({f"test/{name}/{k}": v for k, v in numbers.items()})
+        metrics.update({f"{measured}/{name}/{k}": v for k, v in numbers.items()})
         metrics[f"parameters/{name}"] = float(count_parameters(model))
         if name not in teachers and main == "accuracy":
             metrics.update(
@@ -152,14 +154,14 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
             seconds = latency(partial(logits, model), Batch(example))
             model.to(run.world.device)
         rows.append([name, numbers[main], count_parameters(model), round(1e3 * seconds, 4)])
-    metrics[f"test/{main}"] = metrics[f"test/student/{main}"]
+    metrics[f"{measured}/{main}"] = metrics[f"{measured}/student/{main}"]
     notes = []
-    if main == "accuracy" and metrics[f"test/{teachers[0]}/accuracy"] < metrics[f"test/student/{main}"]:
+    if main == "accuracy" and metrics[f"{measured}/{teachers[0]}/accuracy"] < metrics[f"{measured}/student/{main}"]:
         notes.append("the teacher is worse than the student on this data: try a better teacher.")
     if "student-alone" in models and main == "accuracy":
-        gain = metrics["test/student/accuracy"] - metrics["test/student-alone/accuracy"]
-        notes.append(f"distillation changed the student's test accuracy by {100 * gain:+.2f} points.")
-    columns = ["model", f"test {main}", "parameters", "CPU latency (ms, one sample)"]
+        gain = metrics[f"{measured}/student/accuracy"] - metrics[f"{measured}/student-alone/accuracy"]
+        notes.append(f"distillation changed the student's {measured} accuracy by {100 * gain:+.2f} points.")
+    columns = ["model", f"{measured} {main}", "parameters", "CPU latency (ms, one sample)"]
     return {"metrics": metrics, "columns": columns, "rows": rows, "notes": notes}
 
 

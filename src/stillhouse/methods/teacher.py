@@ -30,7 +30,7 @@ class TeacherSpec(Tagged):
     def parse(cls, value: Any) -> Self:
         """Also accept whatever a model accepts."""
         kind = value.get("kind") if isinstance(value, dict) else None
-        if isinstance(value, cls) or (kind in cls.members):
+        if isinstance(value, cls) or (isinstance(kind, str) and kind in cls.members):
             return super().parse(value)
         if isinstance(value, nn.Module):
             # A teacher is never changed, so it need not be copied either.

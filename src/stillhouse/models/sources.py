@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib
 import inspect
 from typing import Any, Self
@@ -134,7 +135,9 @@ class ObjectSpec(ModelSpec):
         return fields
 
     def model_post_init(self, context: Any) -> None:
-        self._fingerprint = fingerprint(self.object)
+        # Equal weights under another activation are another model.
+        shape = hashlib.sha256(repr(self.object).encode()).hexdigest()[:16]
+        self._fingerprint = f"{fingerprint(self.object)}-{shape}"
 
     @field_serializer("object")
     def _name(self, value: nn.Module) -> str:

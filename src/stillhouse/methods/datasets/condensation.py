@@ -98,6 +98,8 @@ class Condensation(Method):
             raise UserError(f"data: {self.name} needs class labels, and {run.data.name!r} has none.")
         if "pixel_values" not in facts.inputs:
             raise UserError(f"data: {self.name} needs images, and {run.data.name!r} has {', '.join(facts.inputs)}.")
+        if "test" not in run.data.splits:
+            raise UserError(f"data: {self.name} scores its set on a test split, and {run.data.name!r} has none.")
         for label, members in run.data.split("train").by_class().items():
             if len(members) == 0:
                 raise UserError(

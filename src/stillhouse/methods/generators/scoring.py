@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stillhouse.data import Batch, Split
@@ -26,6 +26,9 @@ from stillhouse.metrics.generation import (
 )
 from stillhouse.models import ModelSpec, Taps, fingerprint, logits
 
+FEWEST = 10
+"""Samples below which nothing is measured."""
+
 
 class Generating(Method):
     """Base of methods that end in a generator; its fields say how samples are measured."""
@@ -40,6 +43,12 @@ class Generating(Method):
         50_000, ge=0, description="samples of each generator that are measured; 0: no measurement"
     )
     eval_batch_size: int = Field(256, ge=1, description="samples at once in measurements")
+
+    @model_validator(mode="after")
+    def _enough(self) -> Generating:
+        if 0 < self.eval_samples < FEWEST:
+            raise ValueError(f"'eval_samples' is {self.eval_samples}; measure at least {FEWEST} samples, or 0 for none")
+        return self
 
     def measured(
         self, run: Run, generators: Mapping[str, Diffusion], name: str = "quality"
@@ -138,7 +147,7 @@ class Scorer:
         self.reach = 1.1 * float(train.abs().max())
         numbers: dict[str, dict[str, float]] = {}
         pictures: dict[str, Tensor] = {}
-        held = data.split("test") if "test" in data.splits else None
+        held = data.split("test") if "test" in data.splits and len(data.split("test")) >= FEWEST else None
         noise = torch.randn(self.count, *process.shape)
         given: dict[str, Tensor] = {}
         if process.fields:

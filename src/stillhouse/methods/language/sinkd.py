@@ -100,6 +100,10 @@ class SinKD(KnowledgeDistillation):
                 student, teacher, self.temperature_sinkhorn, self.epsilon, self.num_iterations, self.reduction
             )
         causal = run.data.facts.task == "language"
+        if self.gather and student.dim() == 3:
+            raise UserError(
+                "gather: processes hold different numbers of label positions, so sequences are not gathered."
+            )
         student, teacher = _labelled(student, teacher, batch, causal=causal, most=self.max_positions)
         if self.gather:
             student, teacher = run.gather(student), run.gather(teacher)
