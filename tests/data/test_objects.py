@@ -193,7 +193,7 @@ class Endless(IterableDataset):
         (Items(lambda i: (X[i], Y[i], Y[i])), "let the data set return dicts"),
         (Items(lambda i: ("text", 1)), "not str"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_bad_objects(value, message):
     with pytest.raises(UserError, match=message):
