@@ -13,7 +13,7 @@ from stillhouse.registry import INDEX
 
 # The small recipes, made tiny. A method that is missing here fails the test below.
 CONDENSED = ["network={kind: convnet, width: 4, depth: 2}", "eval_epochs=4", "eval_networks=2", "features_epochs=1"]
-DRAWN = ["num_steps=6", "batch_size=4", "eval_samples=8", "probe={kind: cnn, channels: [4]}", "probe_epochs=1"]
+DRAWN = ["num_steps=6", "batch_size=4", "eval_samples=12", "probe={kind: cnn, channels: [4]}", "probe_epochs=1"]
 SMALL_UNET = "{kind: unet, width: 8, multipliers: [1]}"
 CODED = ["data.size=16", "model.widths=[4]", "model.dense_widths=[8]", "num_steps=8", "batch_size=16"]
 TINY = {

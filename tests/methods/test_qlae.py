@@ -183,13 +183,18 @@ def test_beta_tcvae_is_the_vae_at_weights_1(step):
 
 
 def test_bad_input_gives_one_sentence(tmp_path):
-    for fields, sentence in (
-        ({"data": {**TINY["data"], "pixels": "standard"}}, "but this method needs [0, 1]; set data.pixels=unit"),
-        ({"model": {**MODEL, "num_values": 1}}, "model.num_values: input should be greater than or equal to 2, not 1"),
-        ({"model": {**MODEL, "widths": [4] * 5}}, "is not divisible by 32; use fewer stages"),
-        ({"model": {"kind": "mlp", "num_outputs": 3}}, "trains an autoencoder (kind: autoencoder), not MLP"),
+    for number, (fields, sentence) in enumerate(
+        (
+            ({"data": {**TINY["data"], "pixels": "standard"}}, "but this method needs [0, 1]; set data.pixels=unit"),
+            (
+                {"model": {**MODEL, "num_values": 1}},
+                "model.num_values: input should be greater than or equal to 2, not 1",
+            ),
+            ({"model": {**MODEL, "widths": [4] * 5}}, "is not divisible by 32; use fewer stages"),
+            ({"model": {"kind": "mlp", "num_outputs": 3}}, "trains an autoencoder (kind: autoencoder), not MLP"),
+        )
     ):
         with pytest.raises(UserError) as caught:
-            run_recipe(build_recipe({**TINY, **fields}), tmp_path / "run")
+            run_recipe(build_recipe({**TINY, **fields}), tmp_path / str(number))
         assert sentence in str(caught.value)
         assert "\n" not in str(caught.value)
