@@ -1,86 +1,255 @@
-"""What a run's numbers say about its health: rules over the log, each a sentence when it fires."""
+"""What a run's numbers say about its health: one check per way in which such runs quietly go wrong."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any, Literal
 
-Row = Mapping[str, Any]
+from stillhouse.report.formatting import number
+from stillhouse.report.reading import RunFiles, Series, StageLog, UpdateLog, direction
+
+DEAD = 1000.0
+"""A term is called dead when another one of its update adds this many times more to the loss."""
+
+FALLING = 0.05
+"""Share of the whole fall of a loss that may lie in its last fifth before the loss is said to be still falling."""
+
+FAR = 0.6
+"""The best measurement is far before the end when it lies before this part of the stage ..."""
+
+LOST = 0.05
+"""... and this share of the metric's range was lost again since, by more than one step between two measurements ..."""
+
+COLLAPSED = 0.25
+"""... or this share in whatever way."""
 
 
-def findings(rows: Sequence[Row], metrics: Mapping[str, float]) -> list[str]:
-    """Sentences about terms without weight, unfinished training, overfitting, and teachers that do not help."""
-    said = []
-    for stage in dict.fromkeys(row["stage"] for row in rows):
-        own = [row for row in rows if row["stage"] == stage]
-        said += _dead_terms(stage, own) + _still_falling(stage, own) + _best_long_ago(stage, own)
-    return said + _useless_teacher(metrics)
+@dataclass(frozen=True)
+class Check:
+    """A check and what it found.
+
+    Attributes:
+        title: what holds, or does not.
+        state: ``good``; ``warn``, with what was found; or ``open`` when there is nothing to judge by, with the reason.
+        found: sentences.
+    """
+
+    title: str
+    state: Literal["good", "warn", "open"]
+    found: tuple[str, ...] = ()
 
 
-def terms(row: Row) -> dict[str, float]:
-    """The weighted loss terms in a row by name: the logged scale, or the value itself where the weight is 1."""
-    names = [k for k in row if k.count("/") == 1 and not k.startswith(("validation/", "test/"))]
-    return {name: row.get(f"{name}/scale", row[name]) for name in names if _is_term(row, name)}
+def checks(run: RunFiles) -> list[Check]:
+    """Every check, judged on this run."""
+    metrics = run.metrics or {}
+    return [
+        _judge(
+            _finite(run),
+            good="Every number is finite",
+            bad="Some numbers are not finite",
+            reason="no number was logged",
+        ),
+        _judge(
+            _dead(run.stages),
+            good="Every loss term counts",
+            bad="A loss term looks dead",
+            reason="no update has several terms",
+        ),
+        _judge(
+            _falling(run.stages),
+            good="Training reached a plateau",
+            bad="The loss was still falling at the end",
+            reason="no stage that ended was logged ten times",
+        ),
+        _judge(
+            _best_long_ago(run.stages, run.recipe.get("keep")),
+            good="The best step is near the end",
+            bad="The best step was long before the end",
+            reason="no stage that ended was measured four times, better told from worse",
+        ),
+        _judge(
+            _alone(metrics),
+            good="Distillation is not worse than training alone",
+            bad="Distillation is worse than training alone",
+            reason="no model was also trained alone",
+        ),
+        _judge(
+            _teacher(metrics),
+            good="The teacher is not worse than the student",
+            bad="The teacher is worse than the student",
+            reason="no teacher was measured beside a student",
+        ),
+    ]
 
 
-def _is_term(row: Row, name: str) -> bool:
-    return isinstance(row[name], int | float) and not name.endswith("/lr")
+def _judge(found: Sequence[str] | None, *, good: str, bad: str, reason: str) -> Check:
+    if found is None:
+        return Check(good, "open", (f"Not judged: {reason}.",))
+    return Check(bad, "warn", tuple(found)) if found else Check(good, "good")
 
 
-def _dead_terms(stage: str, rows: Sequence[Row]) -> list[str]:
-    said = []
-    trained = [row for row in rows if terms(row)]
-    late = trained[len(trained) // 2 :]
-    updates = dict.fromkeys(name.split("/")[0] for row in late for name in terms(row))
-    for update in updates:
-        sizes: dict[str, list[float]] = {}
-        for row in late:
-            for name, value in terms(row).items():
-                if name.startswith(update + "/"):
-                    sizes.setdefault(name, []).append(abs(value))
-        means = {name: sum(values) / len(values) for name, values in sizes.items()}
-        largest = max(means, key=lambda name: means[name])
-        for name, mean in means.items():
-            if means[largest] > 1000 * mean:
-                said.append(
-                    f"{stage}: the weighted term {name} ({mean:.2g}) is more than a thousand times smaller than {largest} "
-                    f"({means[largest]:.2g}), so it hardly trains anything."
+def _finite(run: RunFiles) -> list[str] | None:
+    series: dict[str, list[float]] = {}
+    for stage in run.stages:
+        logged = dict(stage.measured)
+        for update in stage.updates.values():
+            logged |= {f"{update.name}/{term.name}": term.values for term in update.terms.values()}
+        series |= {f"{name} in stage {stage.name}": [v for _, v in values] for name, values in logged.items()}
+    series |= {name: [v] for name, v in (run.metrics or {}).items() if isinstance(v, int | float)}
+    if not series:
+        return None
+    broken = [name for name, values in series.items() if not all(map(math.isfinite, values))]
+    if not broken:
+        return []
+    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+    return [f"NaN or infinite: {', '.join(broken[:3])}{more}."]
+
+
+def _dead(stages: Sequence[StageLog]) -> list[str] | None:
+    """Terms whose weighted size is, over the whole stage, a thousandth of another's."""
+    updates = [(stage, update) for stage in stages for update in stage.updates.values() if len(update.terms) > 1]
+    return [sentence for stage, update in updates for sentence in _dead_terms(stage, update)] if updates else None
+
+
+def _dead_terms(stage: StageLog, update: UpdateLog) -> list[str]:
+    sizes = {}
+    for name, term in update.terms.items():
+        finite = [abs(v) for _, v in term.weighted if math.isfinite(v)]
+        if finite:
+            sizes[name] = median(finite)
+    if not sizes:
+        return []
+    largest = max(sizes, key=lambda name: sizes[name])
+    return [
+        f"Stage {stage.name}: {name} adds {_two(size)} to {_loss(update)} where {largest} adds "
+        f"{_two(sizes[largest])}{_times(sizes[largest], size)}: it may do nothing; raise its weight, or set it to 0 and compare."
+        for name, size in sizes.items()
+        if sizes[largest] > DEAD * size
+    ]
+
+
+def _times(large: float, small: float) -> str:
+    return f", {float(f'{large / small:.2g}'):,.0f} times as much" if small else ""
+
+
+def _loss(update: UpdateLog) -> str:
+    return "the loss" if update.name == "loss" else f"the loss of {update.name}"
+
+
+def _two(value: float) -> str:
+    return number(float(f"{value:.2g}"))
+
+
+def _falling(stages: Sequence[StageLog]) -> list[str] | None:
+    found, judged = [], False
+    for stage in stages:
+        for update in stage.updates.values():
+            total = [(s, v) for s, v in update.total() if math.isfinite(v)]
+            if not stage.ended or len(total) < 10:
+                continue
+            judged = True
+            share = falling_share(total)
+            if share > FALLING:
+                found.append(
+                    f"Stage {stage.name}: {_loss(update)} was still falling when training ended ({share:.0%} of "
+                    "its whole fall came in the last fifth); more steps may help."
                 )
-    return said
+    return found if judged else None
 
 
-def _still_falling(stage: str, rows: Sequence[Row]) -> list[str]:
-    totals = [sum(found.values()) for row in rows if (found := terms(row))]
-    if len(totals) < 10:
-        return []
-    tenth = max(1, len(totals) // 10)
-    last, before = sum(totals[-tenth:]) / tenth, sum(totals[-2 * tenth : -tenth]) / tenth
-    span = max(totals) - min(totals)
-    if span > 0 and before - last > 0.05 * span:
-        return [f"{stage}: the loss was still falling at the end; more steps may help."]
-    return []
+def falling_share(total: Series) -> float:
+    """Share of a loss's whole fall that its last fifth brought; 0 where that fall is not clear of the noise.
+
+    The fall is that of a least-squares line, and clear when its slope is three standard errors below 0.
+    """
+    last = total[-max(4, len(total) // 5) :]
+    steps, values = [float(s) for s, _ in last], [v for _, v in last]
+    mean_step, level = fmean(steps), fmean(values)
+    spread = math.fsum((s - mean_step) ** 2 for s in steps)
+    slope = math.fsum((s - mean_step) * (v - level) for s, v in zip(steps, values, strict=True)) / spread
+    residuals = [v - level - slope * (s - mean_step) for s, v in zip(steps, values, strict=True)]
+    error = math.sqrt(math.fsum(r * r for r in residuals) / (len(last) - 2) / spread)
+    whole = fmean(v for _, v in total[: max(1, len(total) // 20)]) - values[-1]
+    if whole <= 0 or slope >= -3 * error:
+        return 0.0
+    return min(1.0, -slope * (steps[-1] - steps[0]) / whole)
 
 
-def _best_long_ago(stage: str, rows: Sequence[Row]) -> list[str]:
-    measured = [(row["step"], row["validation/accuracy"]) for row in rows if "validation/accuracy" in row]
-    if len(measured) < 5:
-        return []
-    best_step, best = max(measured, key=lambda pair: pair[1])
-    end_step, end = measured[-1]
-    if best_step < 0.5 * end_step and best - end > 0.01:
-        return [
-            f"{stage}: validation accuracy was best at step {best_step} ({best:.3f}) and is {end:.3f} at the end; "
-            "keep=best or fewer steps would keep it."
-        ]
-    return []
+def _best_long_ago(stages: Sequence[StageLog], keep: Any) -> list[str] | None:
+    found, judged = [], False
+    for stage in stages:
+        series = [(s, v) for s, v in stage.measured.get(stage.monitor or "", []) if math.isfinite(v)]
+        if not stage.ended or len(series) < 4 or stage.best_step not in dict(series):
+            continue
+        judged = True
+        best, (last_step, last) = dict(series)[stage.best_step], series[-1]
+        values = [v for _, v in series]
+        since = [v for s, v in series if s >= stage.best_step]
+        lost, extent = abs(best - last), max(values) - min(values)
+        largest = max((abs(a - b) for a, b in pairwise(since)), default=0.0)
+        if stage.best_step <= FAR * last_step and (lost > COLLAPSED * extent or lost > max(LOST * extent, largest)):
+            advice = (
+                "the best weights were kept, and fewer steps would do"
+                if keep == "best"
+                else "keep=best or fewer steps would ship better weights"
+            )
+            found.append(
+                f"Stage {stage.name}: {stage.monitor} was best at step {stage.best_step:,} of {last_step:,} "
+                f"({number(best)}) and is {number(last)} at the end; {advice}."
+            )
+    return found if judged else None
 
 
-def _useless_teacher(metrics: Mapping[str, float]) -> list[str]:
-    said = []
-    student, alone = metrics.get("test/student/accuracy"), metrics.get("test/student-alone/accuracy")
-    teacher = metrics.get("test/teacher/accuracy")
-    if student is not None and alone is not None and student < alone:
-        said.append(f"the student ({student:.4f}) is below the same network trained without a teacher ({alone:.4f}).")
-    if student is not None and teacher is not None and teacher < student:
-        said.append(f"the teacher ({teacher:.4f}) is worse than the student ({student:.4f}) on this data.")
-    return said
+def _alone(metrics: Mapping[str, Any]) -> list[str] | None:
+    table = standings(metrics)
+    pairs = [(name, f"{name}-alone") for name in table if f"{name}-alone" in table]
+    compared = [(ours, alone, metric) for ours, alone in pairs if (metric := shared(table, ours, alone))]
+    if not compared:
+        return None
+    return [
+        f"The {ours} ({number(table[ours][metric])}) is below the line of the same network trained without a teacher "
+        f"({number(table[alone][metric])}) in {metric}: on this data the distillation does harm."
+        for ours, alone, metric in compared
+        if _worse(table[ours][metric], table[alone][metric], metric)
+    ]
+
+
+def _teacher(metrics: Mapping[str, Any]) -> list[str] | None:
+    table = standings(metrics)
+    # Not a teacher made to do with less, such as fewer steps: that one is there to be beaten.
+    teachers = [name for name in table if re.fullmatch(r"teacher(-\d+)?", name)]
+    students = [name for name in table if name.startswith("student") and not name.endswith("-alone")]
+    compared = [(t, s, metric) for t in teachers for s in students if (metric := shared(table, t, s))]
+    if not compared:
+        return None
+    return [
+        f"The {teacher} ({number(table[teacher][metric])}) is worse than the {student} ({number(table[student][metric])}) "
+        f"in {metric}: a better teacher may help."
+        for teacher, student, metric in compared
+        if _worse(table[teacher][metric], table[student][metric], metric)
+    ]
+
+
+def standings(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Test measurements by model, from the numbers named ``test/<model>/<measurement>``."""
+    table: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        found = re.fullmatch(r"test/([^/]+)/(.+)", name)
+        if found and isinstance(value, int | float) and math.isfinite(value):
+            table.setdefault(found[1], {})[found[2]] = float(value)
+    return table
+
+
+def shared(table: Mapping[str, Mapping[str, float]], *models: str) -> str | None:
+    """The first measurement that all models have and whose name tells what is better."""
+    first = table[models[0]]
+    return next((m for m in first if direction(m) and all(m in table[other] for other in models)), None)
+
+
+def _worse(one: float, other: float, metric: str) -> bool:
+    return direction(metric) * (one - other) < 0
