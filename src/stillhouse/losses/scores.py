@@ -32,6 +32,10 @@ def distribution_matching_gradient(
     Returns:
         The gradient in single precision or better, without a graph; NaN everywhere when the denoisers' values are
         finite for no sample of the batch, so that the loss is seen to fail.
+
+    >>> x, real, fake = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[0.5, 2.0]])
+    >>> distribution_matching_gradient(x, real, fake)
+    tensor([[0.3333, 1.3333]])
     """
     x, real_x0, fake_x0 = x.detach(), real_x0.detach(), fake_x0.detach()
     dtype = torch.promote_types(torch.promote_types(x.dtype, real_x0.dtype), torch.float32)
