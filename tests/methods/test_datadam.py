@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,12 @@ class Setting:
             for name, term in piece.items():
                 total[name] = total[name] + term()
         return total
+
+    def double(self):
+        self.net.double()
+        self.set.double()
+        self.batch = Batch(real=self.batch["real"].double())
+        return self
 
     def gradient(self):
         loss = sum(weight * term for weight, term in zip((100, 1), self.terms().values(), strict=True))
@@ -142,12 +149,32 @@ def test_networks_are_fresh_in_each_step_unless_fixed_and_never_trained(tmp_path
         assert len({tuple(w.flatten().tolist()) for w in seen}) == (1 if fixed else 4)
 
 
+def alive(kind):
+    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
+
+
 def test_no_hook_and_no_graph_outlives_the_stage(tmp_path):
     recipe = build_recipe({"method": "datadam", **TINY, "compare_start": False})
     run_recipe(recipe, tmp_path / "run")
     gc.collect()
-    hooked = [m for m in gc.get_objects() if isinstance(m, nn.Module) and (m._forward_hooks or m._forward_pre_hooks)]
-    assert not hooked
+    assert not [m for m in alive(nn.Module) if m._forward_hooks or m._forward_pre_hooks]
+
+
+def test_a_step_leaves_nothing_behind(tmp_path, monkeypatch):
+    tensors, hooks = [], []
+    original = DataDAM.prepare
+
+    def prepare(self, m, batch, run):
+        gc.collect()
+        tensors.append(len(alive(torch.Tensor)))
+        hooks.append(sum(len(module._forward_hooks) for module in m.net.modules()))
+        return original(self, m, batch, run)
+
+    monkeypatch.setattr(DataDAM, "prepare", prepare)
+    recipe = build_recipe({"method": "datadam", **TINY, "num_steps": 8, "compare_start": False})
+    run_recipe(recipe, tmp_path / "run")
+    assert len(set(tensors[2:])) == 1, tensors
+    assert len(set(hooks)) == 1, hooks
 
 
 def test_the_start_is_real_images_or_noise(tmp_path):
@@ -178,18 +205,103 @@ def test_the_set_is_handed_over_in_open_formats_with_its_card(tmp_path):
     assert {"test/distilled/accuracy", "test/distilled/0-mlp/accuracy", "test/start/accuracy"} <= set(metrics)
 
 
-def test_variant_code_is_batch_norm_and_power_1():
-    code = DataDAM(variant="code")
-    assert code.matched_network().norm == "batch"
-    assert code.map_power() == 1
-    assert DataDAM().map_power() == 4
-    assert DataDAM(power=2).map_power() == 2
+def test_the_variant_sets_what_is_not_given():
+    code, paper = DataDAM(variant="code"), DataDAM()
+    assert (code.architecture().norm, paper.architecture().norm) == ("batch", "instance")
+    assert (code.map_power(), code.num_steps, code.batch_real) == (1, 20000, 64)
+    assert (paper.map_power(), paper.num_steps, paper.batch_real) == (4, 8000, 128)
+    given = DataDAM(variant="code", power=2, num_steps=7)
+    assert (given.map_power(), given.num_steps, given.batch_real) == (2, 7, 64)
+    assert DataDAM.model_validate(code.dump()) == code
+
+
+@pytest.mark.parametrize("init", ["random", "herding", "k-center"])
+def test_a_set_knows_which_real_images_it_started_from(tmp_path, init):
+    recipe = build_recipe({"method": "datadam", **TINY, "init": init, "images_per_class": 2, "features_epochs": 0})
+    run_recipe(recipe, tmp_path / "run")
+    again = load_tensors(tmp_path / "run" / "result" / "set" / "distilled.safetensors")
+    chosen = torch.tensor(again.provenance["start"]["samples"])
+    split = load_data("digits").split("train")
+    assert torch.equal(split.labels[chosen], again.labels)
+    before = build_recipe(
+        {
+            "method": "datadam",
+            **TINY,
+            "init": init,
+            "images_per_class": 2,
+            "features_epochs": 0,
+            "lr_images": 1e-12,
+            "num_steps": 1,
+        }
+    )
+    start = run_recipe(before, tmp_path / "start").artefacts["set"].distilled.images
+    torch.testing.assert_close(start.detach(), split.tensors["pixel_values"][chosen], rtol=0, atol=1e-6)
+
+
+def test_features_come_from_the_named_network_trained_or_as_drawn(tmp_path):
+    chosen = {}
+    for name, fields in {
+        "drawn": {"features_epochs": 0},
+        "drawn again": {"features_epochs": 0},
+        "trained": {"features_epochs": 2},
+        "named": {"features_epochs": 0, "features_network": "mlp"},
+    }.items():
+        tiny = {key: TINY[key] for key in ("network", "augment", "eval_networks", "eval_epochs", "run")}
+        recipe = build_recipe({"method": "herding", **tiny, **fields, "images_per_class": 5})
+        result = run_recipe(recipe, tmp_path / name)
+        chosen[name] = tuple(result.artefacts["set"].distilled.provenance["start"]["samples"])
+    assert chosen["drawn"] == chosen["drawn again"]
+    assert len(set(chosen.values())) == 3
+
+
+def test_how_a_selection_chooses_is_its_name_and_no_field():
+    with pytest.raises(UserError, match="how: there is no such field"):
+        build_recipe({"method": "herding", "how": "noise"})
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_share_the_classes_and_their_mean_is_the_whole(tmp_path, size):
+    whole = Setting(DataDAM(network=NET), tmp_path / "whole").double()
+    parts = []
+    for rank in range(size):
+        s = Setting(DataDAM(network=NET), tmp_path / str(rank)).double()
+        s.run.world = replace(s.run.world, rank=rank, size=size)
+        # Only the draws that all processes share may matter here.
+        parts.append((s.terms(), s.gradient()))
+    for name, term in whole.terms().items():
+        torch.testing.assert_close(
+            torch.stack([terms[name] for terms, _ in parts]).mean(), term, rtol=1e-10, atol=1e-12
+        )
+    gradients = torch.stack([gradient for _, gradient in parts]).mean(0)
+    torch.testing.assert_close(gradients, whole.gradient(), rtol=1e-10, atol=1e-12)
+
+
+def test_classes_are_not_split_where_their_losses_are_not_separate(tmp_path):
+    method = DataDAM(network=NET, variant="code")
+    s = Setting(method, tmp_path)
+    net = method.architecture().build(load_data("digits").facts)
+    method.check_split(net, 10, s.run)
+    s.run.world = replace(s.run.world, size=2)
+    with pytest.raises(UserError, match="which 2 processes would split"):
+        method.check_split(net, 10, s.run)
+    s.run.world = replace(s.run.world, size=16)
+    with pytest.raises(UserError, match="16 processes cannot share 10 classes"):
+        method.check_split(s.net, 10, s.run)
+
+
+def test_dm_needs_no_feature_maps(tmp_path):
+    fields = {"network": "mlp", "feature_layer": "blocks.0", "compare_start": False}
+    assert run_recipe(build_recipe({"method": "dm", **TINY, **fields}), tmp_path / "run").metrics["test/accuracy"] >= 0
+    s = Setting(DM(network=NET), tmp_path / "terms")
+    assert s.taps.paths == ("blocks",)
 
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
         ({"network": {**NET, "norm": "batch"}}, "with batch norm the loss of a class depends on the other classes"),
+        ({"variant": "code", "classes_per_group": 2}, "classes_per_group is 2, but with batch norm"),
+        ({"network": {**NET, "depth": 1}}, "attention needs at least two, not one; use depth=2 or more"),
         ({"network": {**NET, "depth": 4}}, "halves images of 8x8 to nothing"),
         ({"images_per_class": 0}, "images_per_class: input should be greater than or equal to 1, not 0"),
         ({"power": 0}, "power: input should be greater than or equal to 1, not 0"),

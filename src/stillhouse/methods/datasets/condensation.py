@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from functools import partial
 from importlib.util import find_spec
 from statistics import fmean, pstdev
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from stillhouse.engine import (
     Result,
     Run,
     Stage,
+    Stages,
     SubRun,
     Table,
     Update,
@@ -61,9 +62,16 @@ class Condensation(Method):
         Optimizer(name="sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="step", milestones=(0.5,)),
         description="optimiser in scoring; the learning rate falls to a tenth at half (released code)",
     )
-    features_epochs: float = Field(
-        20, gt=0, description="training of the network whose features herding and k-center use"
+    features_network: ModelSpec | None = Field(
+        None, description="network whose features herding and k-center use; a copy of the scored one by default"
     )
+    features_epochs: float = Field(
+        20, ge=0, description="training of the network whose features are used; 0 takes it as drawn"
+    )
+
+    def architecture(self) -> ModelSpec:
+        """The network that is matched, and trained to score a set."""
+        return self.network
 
     # Where the images start -----------------------------------------------------------------------------------------
 
@@ -73,23 +81,29 @@ class Condensation(Method):
         classes = self.check_data(run)
         scale = run.data.scale
         space: dict[str, Any] = {"mean": scale.mean, "std": scale.std} if scale is not None else {}
-        provenance = {"method": self.name, "data": run.data.name, "seed": run.seed}
+        provenance: dict[str, Any] = {"method": self.name, "data": run.data.name, "seed": run.seed}
         if how == "noise":
             made = yield Compute(
                 "start", lambda _: {"images": torch.randn(classes * self.images_per_class, *image(facts))}
             )
             labels = torch.arange(classes).repeat_interleave(self.images_per_class)
+            provenance["start"] = "noise"
             return DistilledSet(made["images"], labels, num_classes=classes, provenance=provenance, **space)
         features: Callable[[], Tensor] = lambda: torch.empty(0)  # noqa: E731
         if how != "random":
-            fields = {"data": self.data, "model": self.network, "epochs": self.features_epochs}
-            trained = yield SubRun("features", Supervised(**fields), seed=0, data=run.data)
-            features = partial(penultimate, trained.model, split, run)
+            spec = self.features_network or self.architecture()
+            if self.features_epochs > 0:
+                fields = {"data": self.data, "model": spec, "epochs": self.features_epochs}
+                trained = yield SubRun("features", Supervised(**fields), seed=0, data=run.data)
+                model = trained.model
+            else:
+                model = spec.build(facts).to(run.world.device)
+            features = partial(penultimate, model, split, run)
         chosen = yield Compute("start", lambda _: select(how, split.labels, self.images_per_class, features))
         images = torch.cat([split.batch(part)["pixel_values"] for part in chosen.split(512)])
-        return DistilledSet.from_samples(
-            images, split.labels[chosen], torch.arange(len(chosen)), num_classes=classes, provenance=provenance, **space
-        )
+        # Selections are grouped by class already, so these are the positions of the images in their order.
+        provenance["start"] = {"samples": chosen.tolist()}
+        return DistilledSet(images, split.labels[chosen], num_classes=classes, provenance=provenance, **space)
 
     def check_data(self, run: Run) -> int:
         """The number of classes, when the data can be condensed at all."""
@@ -119,7 +133,7 @@ class Condensation(Method):
         # The set as it stands now: a later stage may go on changing it.
         tensors = {"pixel_values": distilled.images.detach().cpu().clone(), "labels": distilled.targets().cpu().clone()}
         split = Split("distilled", facts, tensors)
-        specs = {"": self.network} | {
+        specs = {"": self.architecture()} | {
             f"{number}-{spec.kind}": spec for number, spec in enumerate(self.eval_architectures)
         }
         nets: dict[str, list[nn.Module]] = {key: [] for key in specs}
@@ -160,14 +174,14 @@ class Condensation(Method):
         rows: list[list[str | float | int]] = []
         for label, by_architecture in scores.items():
             for key, values in by_architecture.items():
-                network = self.network.kind if not key else key.partition("-")[2] + " (unseen)"
+                network = self.architecture().kind if not key else key.partition("-")[2] + " (unseen)"
                 prefix = f"test/{label}" if not key else f"test/{label}/{key}"
                 metrics[f"{prefix}/accuracy"], metrics[f"{prefix}/std"] = fmean(values), pstdev(values)
                 rows.append([label, network, round(fmean(values), 4), round(pstdev(values), 4), len(distilled)])
         main = "distilled" if "distilled" in scores else next(iter(scores))
         metrics["test/accuracy"] = metrics[f"test/{main}/accuracy"]
         protocol = {
-            "network": self.network.dump(),
+            "network": self.architecture().dump(),
             "networks": self.eval_networks,
             "epochs": self.eval_epochs,
             "batch_size": self.eval_batch_size,
@@ -202,9 +216,9 @@ class Condensation(Method):
 class Selection(Condensation):
     """Base of the classics that choose real images."""
 
-    how: Start = "random"
+    how: ClassVar[Start]
 
-    def stages(self, run: Run) -> Any:
+    def stages(self, run: Run) -> Stages:
         """Choose, then score."""
         chosen = yield from self.start(run, self.how)
         scores = yield from self.scored(run, chosen, "chosen")

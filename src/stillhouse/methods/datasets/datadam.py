@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stillhouse.data import Batch
-from stillhouse.engine import Compute, Losses, Modules, Paper, Run, Stage, Stages, Update, Weight, scratch, sgd
+from stillhouse.engine import Compute, Losses, Modules, Paper, Run, Stage, Stages, Term, Update, Weight, scratch, sgd
 from stillhouse.errors import UserError
 from stillhouse.losses.features import attention_matching, mean_matching
 from stillhouse.methods.datasets.condensation import Condensation, Start, grid
-from stillhouse.models import ConvNetSpec, ModelSpec, Taps, forward, initialise
+from stillhouse.models import ConvNetSpec, ModelSpec, Taps, forward, initialise, resolve_paths
 from stillhouse.modules.siamese import apply
 
 
 class Matching(Condensation):
     """Base: in each step a fresh random network, real and tiny images through it under one augmentation, a match."""
+
+    norm_advice: ClassVar[str] = "norm=instance"
 
     init: Start = Field("random", description="where images start: random, herding or k-center real ones, or noise")
     num_steps: int = Field(8000, ge=1, description="steps, each with a network of its own")
@@ -40,10 +42,6 @@ class Matching(Condensation):
     weight_attention: Weight = Field(0.0, description="weight of the attention term")
     weight_features: Weight = Field(0.0, description="weight of the feature term")
 
-    def matched_network(self) -> ModelSpec:
-        """The network whose copies are matched."""
-        return self.network
-
     def map_power(self) -> float:
         """The power p of the attention maps."""
         return 1.0
@@ -55,7 +53,8 @@ class Matching(Condensation):
         if self.compare_start:
             scores["start"] = yield from self.scored(run, distilled, "start")
         before = grid(distilled)
-        net = self.matched_network().build(run.data.facts)
+        net = self.architecture().build(run.data.facts)
+        self.check_split(net, len(distilled.by_class), run)
         taps = self._tapped(net)
         lr = self.lr_images or (1.0 if self.images_per_class <= 50 else 10.0)
         yield Stage(
@@ -100,10 +99,11 @@ class Matching(Condensation):
             layers = self._layers(m.net, apply(synthetic[group], others[group]), taps)
             # The engine averages over processes, and each of them sums over its own classes only.
             scale = run.world.size
-            yield {
-                "attention": partial(self._attention, real_layers[:-1], layers[:-1], scale),
-                "features": partial(_features, real_layers[-1], layers[-1], scale),
-            }
+            terms: dict[str, Term] = {}
+            if len(layers) > 1:
+                terms["attention"] = partial(self._attention, real_layers[:-1], layers[:-1], scale)
+            terms["features"] = partial(_features, real_layers[-1], layers[-1], scale)
+            yield terms
 
     def _attention(self, real: list[Tensor], synthetic: list[Tensor], scale: int) -> Tensor:
         power = self.map_power()
@@ -117,18 +117,34 @@ class Matching(Condensation):
         return [read[path].view(*images.shape[:2], *read[path].shape[1:]) for path in taps.paths]
 
     def _tapped(self, net: nn.Module) -> Taps:
-        found = Taps(net, self.attention_layers)
-        found.close()
-        if (
-            any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())
-            and not self.batch_norm()
-        ):
+        if self.weight_attention == 0:
+            return Taps(net, self.feature_layer)
+        maps = resolve_paths(net, [self.attention_layers])
+        if len(maps) < 2:
             raise UserError(
-                "network: with batch norm the loss of a class depends on the other classes; use norm=instance, or "
-                "variant=code as in the released code."
+                f"network: the last of the maps {self.attention_layers!r} is left out, so attention needs at least two, "
+                "not one; use depth=2 or more."
             )
         # The last block gives features, not attention.
-        return Taps(net, [*found.paths[:-1], self.feature_layer])
+        return Taps(net, [*maps[:-1], self.feature_layer])
+
+    def check_split(self, net: nn.Module, classes: int, run: Run) -> None:
+        """Refuse to split classes among groups or processes where the loss is not a sum of theirs."""
+        if run.world.size > classes:
+            raise UserError(f"{run.world.size} processes cannot share {classes} classes; start at most {classes}.")
+        if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
+            return
+        why = "with batch norm the loss of a class depends on the other classes"
+        if not self.batch_norm():
+            raise UserError(f"network: {why}; use {self.norm_advice}.")
+        if (self.classes_per_group or classes) < classes:
+            raise UserError(
+                f"classes_per_group is {self.classes_per_group}, but {why}; leave it out, or use norm=instance."
+            )
+        if run.world.size > 1:
+            raise UserError(
+                f"network: {why}, which {run.world.size} processes would split; start one, or use variant=paper."
+            )
 
     def batch_norm(self) -> bool:
         """Whether networks with batch norm are accepted."""
@@ -153,20 +169,30 @@ class DataDAM(Matching):
     )
     summary: ClassVar[str] = "a tiny training set, by matching attention on fresh random networks"
     verified: ClassVar[Literal["official", "reference", "formula"]] = "official"
+    norm_advice: ClassVar[str] = "norm=instance, or variant=code as in the released code"
 
     variant: Literal["paper", "code"] = Field(
-        "paper", description="paper: instance norm and power 4; code: batch norm and power 1, as released"
+        "paper",
+        description="paper: instance norm, power 4, 8000 steps of 128 real images; code: batch norm, 1, 20000, 64, as "
+        "released (a field that is given wins)",
     )
-    power: float | None = Field(None, ge=1, description="power p of the attention maps; 4, or 1 with variant=code")
+    power: float = Field(4.0, ge=1, description="power p of the attention maps; 1 with variant=code")
     weight_attention: Weight = Field(100.0, description="weight of the attention term L_SAM")
     weight_features: Weight = Field(1.0, description="weight of the feature term L_MMD (100 lambda)")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _released(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("variant") == "code":
+            return {"power": 1.0, "num_steps": 20000, "batch_real": 64, **values}
+        return values
+
     def map_power(self) -> float:
         """4 in the paper's table, 1 in the released code."""
-        return self.power if self.power is not None else (4.0 if self.variant == "paper" else 1.0)
+        return self.power
 
-    def matched_network(self) -> ModelSpec:
-        """With batch norm in the released code."""
+    def architecture(self) -> ModelSpec:
+        """With batch norm in the released code, for matching and for scoring."""
         if self.variant == "code" and isinstance(self.network, ConvNetSpec):
             return self.network.model_copy(update={"norm": "batch"})
         return self.network

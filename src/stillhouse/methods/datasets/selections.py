@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
-
 from stillhouse.engine import Paper
 from stillhouse.methods.datasets.condensation import Selection, Start
 
@@ -19,7 +17,7 @@ class RandomSelection(Selection):
     paper: ClassVar[Paper] = Paper("Random selection", 2021, venue="baseline of the dataset condensation literature")
     summary: ClassVar[str] = "a tiny training set of random real images: the line to beat"
 
-    how: Start = Field("random", description="how images are chosen")
+    how: ClassVar[Start] = "random"
 
 
 class Herding(Selection):
@@ -34,7 +32,7 @@ class Herding(Selection):
     )
     verified: ClassVar[Literal["official", "reference", "formula"]] = "reference"
 
-    how: Start = Field("herding", description="how images are chosen")
+    how: ClassVar[Start] = "herding"
 
 
 class KCenter(Selection):
@@ -49,4 +47,4 @@ class KCenter(Selection):
     summary: ClassVar[str] = "a tiny training set of real images that cover each class in a trained network's features"
     verified: ClassVar[Literal["official", "reference", "formula"]] = "reference"
 
-    how: Start = Field("k-center", description="how images are chosen")
+    how: ClassVar[Start] = "k-center"
