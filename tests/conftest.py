@@ -11,6 +11,12 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """What a test draws must not depend on which tests its worker ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     before = os.environ.get("STILLHOUSE_CACHE")
