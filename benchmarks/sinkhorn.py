@@ -12,19 +12,17 @@ gradient of the loss to it; "all" is from logits to the gradient of the loss to 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from measuring import peak_memory
 from stillhouse.losses import pairwise_l1, sinkhorn, sinkhorn_distance
 
 Plan = Callable[[Tensor, float, float], Tensor]
@@ -164,26 +162,6 @@ def medians(runs: dict[str, Callable[[], None]], repeats: int, device: torch.dev
             if repeat >= 0:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def peak_memory(run: Callable[[], None], device: torch.device) -> float:
-    """Peak MiB that torch holds during a run beyond what it held before."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        trace = json.loads(path.read_text())["traceEvents"]
-    held = peak = 0
-    for event in sorted((e for e in trace if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak / 2**20
 
 
 def table(title: str, problem: Problem, settings: list[tuple[Solver, float]], repeats: int) -> None:
