@@ -18,6 +18,7 @@ class Facts:
         task: what the labels mean.
         class_names: the classes in label order, where the data names them.
         factors: number of values of each known ground-truth factor, by name (sets made from known sources).
+        vocabulary_size: token ids are smaller than this; ``None`` where there are none or it is not known.
     """
 
     inputs: dict[str, tuple[int, ...]]
@@ -25,6 +26,7 @@ class Facts:
     task: Task = "classification"
     class_names: tuple[str, ...] = ()
     factors: dict[str, int] = field(default_factory=dict)
+    vocabulary_size: int | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Models of transformers, from configs and from directories; nothing is downloaded."""
 
+import dataclasses
 import json
 import sys
 
@@ -84,6 +85,37 @@ def test_a_head_that_is_kept_keeps_its_names(stored):
     path, _ = stored
     built = ModelSpec.parse(f"hf:{path}").build(Facts({"input_ids": (6,)}, 3, class_names=("a", "b", "c")))
     assert built.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
+
+
+def test_a_new_config_has_the_vocabulary_of_the_data():
+    facts = dataclasses.replace(TEXT, vocabulary_size=37)
+    for config in (BERT, GPT, T5):
+        free = {name: value for name, value in config.items() if name != "vocab_size"}
+        task = "base" if config is T5 else "auto"
+        assert hf(config=free, task=task).build(facts).get_input_embeddings().num_embeddings == 37
+        assert hf(config=free, task=task, overrides={"vocab_size": 50}).build(facts).config.vocab_size == 50
+    assert hf(config={**BERT, "vocab_size": 50}).build(facts).config.vocab_size == 50
+    assert hf(config=BERT).build(TEXT).config.vocab_size == 20
+    assert hf(config=VIT).build(IMAGES).config.num_labels == 5
+
+
+def test_a_vocabulary_smaller_than_the_data_s_is_refused(stored, tmp_path):
+    facts = dataclasses.replace(TEXT, vocabulary_size=21)
+    (tmp_path / "config.json").write_text(json.dumps(BERT))
+    too_small = "has a vocabulary of 20 tokens, but the data has ids up to 20; "
+    for fields, hint in (
+        ({"config": BERT}, "set its 'vocab_size' to 21 or more."),
+        (
+            {"config": {**BERT, "vocab_size": 30}, "overrides": {"vocab_size": 20}},
+            "set its 'vocab_size' to 21 or more.",
+        ),
+        ({"config": str(tmp_path)}, "set its 'vocab_size' to 21 or more."),
+        ({"name": str(stored[0])}, "use its own tokenizer."),
+    ):
+        with pytest.raises(UserError) as caught:
+            hf(**fields).build(facts)
+        assert str(caught.value).endswith(too_small + hint)
+    assert hf(config=BERT).build(dataclasses.replace(TEXT, vocabulary_size=20)).config.vocab_size == 20
 
 
 def test_random_weights_come_from_the_global_generator():

@@ -13,6 +13,7 @@ from stillhouse.data.classic import CIFAR10, CIFAR100, MNIST, Digits, FashionMNI
 from stillhouse.data.dataset import Data, DataSpec, Split, load_data, read_spec
 from stillhouse.data.hub import HubData
 from stillhouse.data.images import FolderData
+from stillhouse.data.intents import CLINC150
 from stillhouse.data.objects import ImportedData, ObjectData
 from stillhouse.data.pixels import PixelScale
 from stillhouse.data.points import Ring
@@ -23,6 +24,7 @@ from stillhouse.facts import Facts
 __all__ = [
     "CIFAR10",
     "CIFAR100",
+    "CLINC150",
     "MNIST",
     "Augment",
     "Batch",

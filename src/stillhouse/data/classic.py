@@ -6,11 +6,9 @@ content is checked against its known sum.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import math
-import os
 import tarfile
 import zipfile
 import zlib
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.data.dataset import Data, ImageSpec
+from stillhouse.data.files import Files, LocalFiles
 from stillhouse.data.sources import Memory
 from stillhouse.data.splits import carve
 from stillhouse.errors import UserError
@@ -49,20 +48,8 @@ class Digits(ImageSpec):
         return self.assemble(sources, [content], class_names=[str(digit) for digit in range(10)], scale=scale)
 
 
-class LocalImages(ImageSpec):
+class LocalImages(LocalFiles, ImageSpec):
     """An image set in files of a known form; a fixed tenth of the training images, class by class, is for validation."""
-
-    path: str | None = None
-    """Directory with the files; by default the set's own in the directory that STILLHOUSE_DATA names."""
-    verify: bool = True
-    """Refuse files whose content is not the known one."""
-
-    folders: ClassVar[tuple[str, ...]]
-    """Names that the directory may have inside $STILLHOUSE_DATA."""
-    sums: ClassVar[dict[str, tuple[str, ...]]]
-    """Known sums (MD5 or SHA-256) of each file's content, after decompression where the file is gzipped."""
-    origin: ClassVar[str]
-    """What to get and where, for the message when nothing is found."""
 
     def read(self, files: Files) -> tuple[dict[str, tuple[Tensor, Tensor]], Sequence[str]] | None:
         """Images (bytes) and labels of "train" and "test", and the class names; ``None`` if no known layout is there."""
@@ -83,100 +70,34 @@ class LocalImages(ImageSpec):
         return self.assemble(sources, files.read_sums, class_names=class_names, scale=scale)
 
 
-class Files:
-    """Finds, reads and checks the files of a set.
-
-    Attributes:
-        read_sums: SHA-256 of what was read, for the fingerprint.
-    """
-
-    def __init__(self, spec: LocalImages) -> None:
-        self.spec = spec
-        self.read_sums: list[str] = []
-        root = os.environ.get("STILLHOUSE_DATA")
-        if spec.path is not None:
-            self.places = [Path(spec.path).expanduser()]
-        else:
-            self.places = [Path(root).expanduser() / name for name in spec.folders] if root else []
-
-    def missing(self) -> str:
-        """One sentence: what is not there, where it comes from, where it should be."""
-        spec = self.spec
-        if spec.path is not None:
-            where = f"in {spec.path}"
-        elif self.places:
-            where = f"under {self.places[0].parent}"
-        else:
-            where = "because STILLHOUSE_DATA is not set"
-        return (
-            f"The data set {spec.kind!r} was not found {where}: get {spec.origin}, put it in a directory"
-            f" {spec.folders[0]!r} and let STILLHOUSE_DATA name the directory above."
-        )
-
-    def find(self, name: str) -> Path | None:
-        """The file of that name (gzipped or not) in the first place that has it."""
-        for place in self.places:
-            for path in (place / name, place / f"{name}.gz"):
-                if path.is_file():
-                    return path
+def _arrays(files: Files, name: str) -> dict[str, np.ndarray] | None:
+    """The arrays of a checked ``.npz`` file, read without pickle."""
+    content = files.read(name)
+    if content is None:
         return None
-
-    def read(self, name: str) -> bytes | None:
-        """The checked content of a file, decompressed; ``None`` if it is not there.
-
-        Raises:
-            UserError: if it is damaged or not the known one.
-        """
-        path = self.find(name)
-        if path is None:
-            return None
-        content = path.read_bytes()
-        if path.suffix == ".gz" and not name.endswith(".gz"):
-            try:
-                content = gzip.decompress(content)
-            except (OSError, EOFError, zlib.error):
-                raise UserError(f"{path} is damaged (it cannot be decompressed); get it again.") from None
-        if self.spec.verify and not any(_sum_of(content, known) == known for known in self.spec.sums[name]):
-            raise UserError(
-                f"{path} is not the known file of {self.spec.kind!r} (its SHA-256 is"
-                f" {hashlib.sha256(content).hexdigest()[:16]}...); get it again, or set verify: false to use it as it is."
-            )
-        self.read_sums.append(hashlib.sha256(content).hexdigest())
-        return content
-
-    def arrays(self, name: str) -> dict[str, np.ndarray] | None:
-        """The arrays of a checked ``.npz`` file, read without pickle."""
-        content = self.read(name)
-        if content is None:
-            return None
-        try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-                return {key: archive[key] for key in archive.files}
-        except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError):
-            raise UserError(f"{self.find(name)} is not a readable .npz file of plain arrays; get it again.") from None
-
-    def idx(self) -> dict[str, tuple[Tensor, Tensor]] | None:
-        """Images and labels of the four idx files, if all are there."""
-        if not all(self.find(name) for name in IDX):
-            return None
-        arrays = [self._idx_array(name) for name in IDX]
-        return {"train": (arrays[0][:, None], arrays[1]), "test": (arrays[2][:, None], arrays[3])}
-
-    def _idx_array(self, name: str) -> Tensor:
-        content = self.read(name) or b""
-        dimensions = 3 if "images" in name else 1
-        head, body = content[: 4 + 4 * dimensions], content[4 + 4 * dimensions :]
-        shape = [int.from_bytes(head[at : at + 4], "big") for at in range(4, len(head), 4)]
-        if head[:4] != bytes([0, 0, 8, dimensions]) or len(body) != math.prod(shape):
-            raise UserError(f"{self.find(name)} is not an idx file of bytes; get it again.")
-        return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError):
+        raise UserError(f"{files.find(name)} is not a readable .npz file of plain arrays; get it again.") from None
 
 
-def _sum_of(content: bytes, known: str) -> str:
-    """The sum of the kind that ``known`` is, told by its length; MD5 is what the sets' authors published."""
-    if len(known) == 32:
-        return hashlib.md5(content, usedforsecurity=False).hexdigest()
-    return hashlib.sha256(content).hexdigest()
+def _idx(files: Files) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """Images and labels of the four idx files, if all are there."""
+    if not all(files.find(name) for name in IDX):
+        return None
+    arrays = [_idx_array(files, name) for name in IDX]
+    return {"train": (arrays[0][:, None], arrays[1]), "test": (arrays[2][:, None], arrays[3])}
+
+
+def _idx_array(files: Files, name: str) -> Tensor:
+    content = files.read(name) or b""
+    dimensions = 3 if "images" in name else 1
+    head, body = content[: 4 + 4 * dimensions], content[4 + 4 * dimensions :]
+    shape = [int.from_bytes(head[at : at + 4], "big") for at in range(4, len(head), 4)]
+    if head[:4] != bytes([0, 0, 8, dimensions]) or len(body) != math.prod(shape):
+        raise UserError(f"{files.find(name)} is not an idx file of bytes; get it again.")
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(shape)
 
 
 class MNIST(LocalImages):
@@ -193,7 +114,7 @@ class MNIST(LocalImages):
     }
 
     def read(self, files: Files) -> tuple[dict[str, tuple[Tensor, Tensor]], Sequence[str]] | None:
-        parts = files.idx()
+        parts = _idx(files)
         return None if parts is None else (parts, [str(digit) for digit in range(10)])
 
 
@@ -217,8 +138,8 @@ class FashionMNIST(LocalImages):
     def read(self, files: Files) -> tuple[dict[str, tuple[Tensor, Tensor]], Sequence[str]] | None:
         names = ("T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag", "Ankle boot")
         class_names = [*names[0].split(), names[1]]
-        parts = files.idx()
-        if parts is None and (arrays := files.arrays("fashion_mnist.npz")) is not None:
+        parts = _idx(files)
+        if parts is None and (arrays := _arrays(files, "fashion_mnist.npz")) is not None:
             parts = _from_arrays(arrays)
             parts = {name: (images[:, None], labels) for name, (images, labels) in parts.items()}
         return None if parts is None else (parts, class_names)
@@ -257,7 +178,7 @@ class CIFAR10(LocalImages):
                 "test": (images[-1], labels[-1][:, 0]),
             }
             return parts, class_names
-        arrays = files.arrays("cifar10_subset.npz")
+        arrays = _arrays(files, "cifar10_subset.npz")
         return None if arrays is None else (_from_arrays(arrays), class_names)
 
 
@@ -289,7 +210,7 @@ class CIFAR100(LocalImages):
             images, labels = _records(contents, label_bytes=2)
             column = 1 if fine else 0
             return {n: (images[i], labels[i][:, column]) for i, n in enumerate(("train", "test"))}, class_names
-        arrays = files.arrays("cifar100_subset.npz")
+        arrays = _arrays(files, "cifar100_subset.npz")
         return None if arrays is None else (_from_arrays(arrays, "" if fine else "_coarse"), class_names)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -20,6 +20,7 @@ from stillhouse.data.batches import Batches
 from stillhouse.data.pixels import PixelScale, PixelSpace, at_size
 from stillhouse.data.sources import MEMORY_LIMIT, Memory, Source, in_chunks
 from stillhouse.data.splits import RULE, balanced_order, carve
+from stillhouse.data.text import Tokenize
 from stillhouse.errors import UserError, nearest
 from stillhouse.facts import Facts, Task
 from stillhouse.spec import Spec, Tagged, read
@@ -297,8 +298,9 @@ class DataSpec(Tagged):
     """What a recipe says about its data: text (``digits``, ``hf:owner/name``), a mapping, or Python objects."""
 
     noun: ClassVar[str] = "data set"
-    outside: ClassVar[frozenset[str]] = frozenset({"path", "verify", "in_memory"})
-    """Fields that say where data is or how it is read, not what it is: no part of a fingerprint."""
+    outside: ClassVar[frozenset[str]] = frozenset({"path", "verify", "in_memory", "vocabulary_size"})
+    """Fields that say where data is or how it is read, or are known by what they lead to (a vocabulary): no part of a
+    fingerprint."""
 
     train_size: int | None = Field(None, ge=1)
     """Train on the first so many samples of a fixed class-balanced order; all by default."""
@@ -339,8 +341,13 @@ class DataSpec(Tagged):
         factors: Mapping[str, int] | None = None,
         scale: PixelScale | None = None,
         aside: frozenset[str] = frozenset(),
+        tokenize: Tokenize | None = None,
     ) -> Data:
-        """Put a data set together from the splits' samples; cuts the training split to ``train_size``."""
+        """Put a data set together from the splits' samples; cuts the training split to ``train_size``.
+
+        A vocabulary, like a pixel scale, belongs to the whole training split, so that a teacher trained on all and a
+        student trained on few samples read the same ids.
+        """
         held = {name: part if isinstance(part, Source) else Memory(part) for name, part in sources.items()}
         sample = held["train"].fetch(torch.zeros(1, dtype=torch.long))
         inputs = {k: tuple(v.shape[1:]) for k, v in Batch(sample).inputs.items() if k not in aside}
@@ -350,7 +357,9 @@ class DataSpec(Tagged):
             task=task,
             class_names=tuple(class_names),
             factors=dict(factors or {}),
+            vocabulary_size=None if tokenize is None else tokenize.vocabulary_size,
         )
+        learned = () if tokenize is None else tokenize.sums
         splits = {name: Split(name, facts, source, scale=scale, aside=aside) for name, source in held.items()}
         if self.train_size is not None:
             if self.train_size > len(splits["train"]):
@@ -359,7 +368,7 @@ class DataSpec(Tagged):
                     f" {self.title!r}."
                 )
             splits["train"] = splits["train"].take(self.train_size)
-        return Data(self.title, facts, splits, self.content_hash(*sums), scale)
+        return Data(self.title, facts, splits, self.content_hash(*sums, *learned), scale)
 
 
 class PixelSpec(DataSpec):
@@ -412,17 +421,32 @@ class Carving(DataSpec):
             sources: the source's own splits.
             labels: class of each training sample, to divide class by class; ``None`` divides regardless.
         """
-        shares = {name: getattr(self, name) for name in ("validation", "test") if name not in sources}
-        shares = {name: share for name, share in shares.items() if share > 0}
-        if not shares:
-            return dict(sources)
-        if sum(shares.values()) >= 1:
-            raise UserError(f"validation {self.validation} and test {self.test} leave no samples to train on.")
         train = sources["train"]
-        parts = carve(labels, len(train), {"train": 1 - sum(shares.values()), **shares}, "carve")
+        parts = self._parts(len(train), sources, labels)
+        if len(parts) == 1:
+            return dict(sources)
         own = {name: source for name, source in sources.items() if name != "train"}
         found = {**{name: train.select(index) for name, index in parts.items()}, **own}
         return {name: found[name] for name in ("train", "validation", "test") if name in found}
+
+    def training_rows(self, count: int, own: Container[str], labels: Tensor | None) -> Int[Tensor, " rows"]:
+        """Which of the source's ``count`` training samples :meth:`carved` leaves for training.
+
+        Args:
+            count: training samples of the source.
+            own: names of the source's own splits.
+            labels: as in :meth:`carved`.
+        """
+        return self._parts(count, own, labels)["train"]
+
+    def _parts(self, count: int, own: Container[str], labels: Tensor | None) -> dict[str, Tensor]:
+        shares = {name: getattr(self, name) for name in ("validation", "test") if name not in own}
+        shares = {name: share for name, share in shares.items() if share > 0}
+        if not shares:
+            return {"train": torch.arange(count)}
+        if sum(shares.values()) >= 1:
+            raise UserError(f"validation {self.validation} and test {self.test} leave no samples to train on.")
+        return carve(labels, count, {"train": 1 - sum(shares.values()), **shares}, "carve")
 
 
 def load_data(value: Any, *, where: str = "") -> Data:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -47,18 +47,18 @@ class HubFields(TextFields, ImageSpec, Carving):
         labels, task, class_names = self._labels(parts, label, features)
         hidden = [name for name in parts if name != "train" and labels and bool((labels[name] < 0).all())]
         parts = {name: part for name, part in parts.items() if name not in hidden}
+        stratify = labels["train"] if labels is not None and task == "classification" else None
         sources: dict[str, Source] = {}
-        reader = self._reader(parts["train"], label)
+        reader = self._reader(parts, label, stratify)
         for name, part in parts.items():
             sources[name] = HubRows(part, reader, None if labels is None else labels[name])
-        stratify = labels["train"] if labels is not None and task == "classification" else None
         carved = self.carved(sources, stratify)
         held = {name: settle(source, self.in_memory) for name, source in carved.items()}
         scale = self.scale_of(held["train"]) if "pixel_values" in reader.makes else None
         if labels is None and "input_ids" in reader.makes:
             task = "language"
         sums = [f"{name}:{sum_of_rows(part)}" for name, part in parts.items()]
-        return self.assemble(held, sums, task=task, class_names=class_names, scale=scale)
+        return self.assemble(held, sums, task=task, class_names=class_names, scale=scale, tokenize=reader.tokenize)
 
     def _named_splits(self, found: Mapping[str, Any]) -> dict[str, Any]:
         for ours, theirs in self.splits.items():
@@ -114,7 +114,8 @@ class HubFields(TextFields, ImageSpec, Carving):
             return labels, "classification", class_names
         return {name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items()}, "regression", []
 
-    def _reader(self, train: Any, label: str | None) -> HubReader:
+    def _reader(self, parts: Mapping[str, Any], label: str | None, stratify: Tensor | None) -> HubReader:
+        train = parts["train"]
         features = train.features
         image = self.image_column
         if image is None and self.text_column is None and self.columns is None:
@@ -124,7 +125,8 @@ class HubFields(TextFields, ImageSpec, Carving):
             channels = self.channels or (1 if getattr(first, "mode", "RGB") in ("1", "L") else 3)
             return HubReader(image=image, channels=channels, size=self.image_size)
         if self.text_column is not None:
-            return HubReader(text=self._existing(self.text_column, features), tokenize=self.tokenize())
+            column = self._existing(self.text_column, features)
+            return HubReader(text=column, tokenize=self.tokenize(self._training_texts(parts, column, stratify)))
         if self.columns is not None:
             return HubReader(numbers=tuple(self._existing(name, features) for name in self.columns))
         numbers = tuple(name for name, feature in features.items() if name != label and _is_numeric(feature))
@@ -133,6 +135,12 @@ class HubFields(TextFields, ImageSpec, Carving):
             hint = f"set text_column (there is {texts[0]!r}) and tokenizer" if texts else "set image_column or columns"
             raise UserError(f"No input was found among the columns {list(features)} of {self.title!r}; {hint}.")
         return HubReader(numbers=numbers)
+
+    def _training_texts(self, parts: Mapping[str, Any], column: str, stratify: Tensor | None) -> Iterator[str]:
+        rows = self.training_rows(len(parts["train"]), parts, stratify)
+        texts = parts["train"].with_format(None).select_columns([column]).select(rows.tolist())
+        for row in texts:
+            yield row[column]
 
 
 class HubReader:

@@ -7,7 +7,7 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stillhouse.data.dataset import Carving, Data
 from stillhouse.data.sources import Memory, Source
-from stillhouse.data.text import TextFields
+from stillhouse.data.text import TextFields, Tokenize
 from stillhouse.errors import UserError, nearest
 from stillhouse.facts import Task
 
@@ -65,16 +65,17 @@ class TableSpec(TextFields, Carving):
         files = self._files()
         tables = {name: self._checked(path, self.read_columns(path)) for name, path in files.items()}
         labels, task, class_names = self._labels(tables, files)
+        stratify = labels["train"] if labels is not None and task == "classification" else None
+        tokenize = None if self.text_column is None else self.tokenize(self._training_texts(tables, stratify))
         sources: dict[str, Source] = {}
         for name, table in tables.items():
-            held = self._inputs(table, files[name])
+            held = self._inputs(table, files[name], tokenize)
             sources[name] = Memory(held if labels is None else {**held, "labels": labels[name]})
-        stratify = labels["train"] if labels is not None and task == "classification" else None
         carved = self.carved(sources, stratify)
         if self.standardize and self.text_column is None:
             carved = standardized(carved)
         sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files.values()]
-        return self.assemble(carved, sums, task=task, class_names=class_names)
+        return self.assemble(carved, sums, task=task, class_names=class_names, tokenize=tokenize)
 
     def _files(self) -> dict[str, Path]:
         path = Path(self.path).expanduser()
@@ -102,9 +103,14 @@ class TableSpec(TextFields, Carving):
             raise UserError(f"{path} holds no rows.")
         return table
 
-    def _inputs(self, table: Columns, path: Path) -> dict[str, Tensor]:
-        if self.text_column is not None:
-            return self.tokenize()([str(text) for text in table[self.text_column]])
+    def _training_texts(self, tables: Mapping[str, Columns], labels: Tensor | None) -> Iterator[str]:
+        texts = tables["train"][str(self.text_column)]
+        for row in self.training_rows(len(texts), tables, labels).tolist():
+            yield str(texts[row])
+
+    def _inputs(self, table: Columns, path: Path, tokenize: Tokenize | None) -> dict[str, Tensor]:
+        if tokenize is not None:
+            return tokenize([str(text) for text in table[str(self.text_column)]])
         names = self.columns or tuple(name for name in table if name != self.label_column)
         if not names:
             raise UserError(f"{path} has no column besides the label {self.label_column!r}.")

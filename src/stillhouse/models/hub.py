@@ -43,7 +43,8 @@ class HubSpec(ModelSpec):
     name: str | None = None
     """Hub id ('owner/name') or local directory of pretrained weights."""
     config: dict[str, Any] | str | None = None
-    """For random weights: a mapping with 'model_type', or a path to a config.json (or a directory with one)."""
+    """For random weights: a mapping with 'model_type', or a path to a config.json (or a directory with one). A mapping
+    without 'vocab_size' takes the data's, where that is known."""
     task: HubTask = "auto"
     """Which head. 'auto': as the data's task (classes: 'classification'; language: 'seq2seq' for encoder-decoders, else
     'causal-lm'; no labels: 'base')."""
@@ -77,6 +78,7 @@ class HubSpec(ModelSpec):
         source = self._source()
         try:
             config = self._config(library, source)
+            self._fit_vocabulary(config, facts)
             auto = getattr(library, self._auto_class(config, facts))
             if not self.trust_remote_code and type(config) not in auto._model_mapping:
                 raise UserError(
@@ -142,6 +144,21 @@ class HubSpec(ModelSpec):
         for key, value in changes.items():
             setattr(config, key, value)
         return config
+
+    def _fit_vocabulary(self, config: Any, facts: Facts) -> None:
+        """Give a new config the data's vocabulary, unless it names one; refuse one that the data's ids exceed."""
+        text = config.get_text_config()
+        size, wanted = getattr(text, "vocab_size", None), facts.vocabulary_size
+        if size is None or wanted is None:
+            return
+        if isinstance(self.config, dict) and "vocab_size" not in {**self.config, **self.overrides}:
+            text.vocab_size = wanted
+        elif size < wanted:
+            hint = "use its own tokenizer" if self.config is None else f"set its 'vocab_size' to {wanted} or more"
+            raise UserError(
+                f"The model {self._shown()} has a vocabulary of {size} tokens, but the data has ids up to {wanted - 1}; "
+                f"{hint}."
+            )
 
     def _auto_class(self, config: Any, facts: Facts) -> str:
         task = self.task
