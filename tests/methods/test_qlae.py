@@ -8,6 +8,7 @@ from stillhouse.engine import Modules, Run, RunDirectory
 from stillhouse.errors import UserError
 from stillhouse.front import run_recipe
 from stillhouse.methods.representations.autoencoder import PlainAutoencoder
+from stillhouse.methods.representations.autoencoding import Sampler, measure
 from stillhouse.methods.representations.beta_tcvae import BetaTCVAE
 from stillhouse.methods.representations.qlae import QLAE
 from stillhouse.models import AutoencoderSpec, fingerprint, load
@@ -140,6 +141,8 @@ def test_the_ablations_are_switches(tmp_path, changed, kind, learned):
     assert bool(list(model.latent.parameters()) if model.latent is not None else []) is learned
     assert {"psnr", "infom", "infoe", "infoc", "mig", "dci/disentanglement"} <= set(result.metrics)
     assert result.pictures["traversals"].shape[0] == 3
+    assert ("sample" in result.functions) is (model.latent is not None)
+    assert model.latent is None or result.sample(2).shape == (2, 3, 16, 16)
 
 
 def test_without_quantisation_and_decay_it_is_the_autoencoder(tmp_path):
@@ -164,6 +167,66 @@ def test_new_data_are_encoded_and_decoded(tmp_path):
         result.encode(images * 2)
 
 
+def test_samples_take_only_values_that_the_data_take(tmp_path):
+    result = run_recipe(build_recipe(TINY), tmp_path)
+    drawn = result.sample(6, generator=torch.Generator().manual_seed(1))
+    assert drawn.shape == (6, 3, 16, 16)
+    assert torch.equal(drawn, result.sample(6, generator=torch.Generator().manual_seed(1)))
+    seen = torch.zeros(4, 3, dtype=torch.bool)
+    seen[:, 1] = True
+    only = Sampler(result.autoencoder, seen)(5)
+    one = result.decode(result.autoencoder.latent.lookup(torch.ones(1, 4, dtype=torch.long)))
+    torch.testing.assert_close(only, one.expand(5, -1, -1, -1))
+    with pytest.raises(UserError, match="ask for at least 1"):
+        result.sample(0)
+
+
+def test_a_plain_code_is_moved_as_far_as_it_goes():
+    model = build({**MODEL, "latent": "none"})
+    x = torch.rand(1, 3, 16, 16)
+    z = model.encode(x).z.repeat(3, 1)
+    z[:, 2] = torch.tensor([-7.0, 0.0, 7.0])
+    torch.testing.assert_close(model.traverse(x, 2, steps=3, span=(-7.0, 7.0)), model.decode(z).sigmoid())
+
+
+class Oracle(torch.nn.Module):
+    """Reads the first five pixels: the factors, written there, give each latent one value, in an order of its own."""
+
+    def __init__(self, orders):
+        super().__init__()
+        self.orders = orders
+
+    def forward(self, x):
+        levels = torch.linspace(-0.5, 0.5, 4)
+        found = x[:, 0, 0, :5].mul(4).round().long()
+        return torch.stack([levels[order[column]] for order, column in zip(self.orders, found.T, strict=True)], dim=1)
+
+
+class Written:
+    """A split whose images have their factors written into the first pixels."""
+
+    def __init__(self, split):
+        self.split, self.name = split, split.name
+
+    def __len__(self):
+        return len(self.split)
+
+    def in_order(self, size, device):
+        for batch in self.split.in_order(size, device=device):
+            batch["pixel_values"][:, 0, 0, :5] = batch["sources"] / 4
+            yield batch
+
+
+def test_a_code_that_names_each_factor_is_perfect_in_any_order_of_its_values(tmp_path):
+    run = Run(method(), RunDirectory(tmp_path), seed=0)
+    model = build({**MODEL, "num_latents": 5, "num_values": 4})
+    model.encoder = Oracle([torch.randperm(4, generator=torch.Generator().manual_seed(j)) for j in range(5)])
+    numbers = measure(model, Written(run.data.split("train")), 10_000, run)["numbers"]
+    for name in ("infom", "infoc", "mig", "dci/disentanglement", "dci/completeness", "dci/informativeness"):
+        assert numbers[name] > 0.99, name
+    assert numbers["infoe"] > 0.98
+
+
 def test_vectors_without_factors_are_coded_too(tmp_path):
     data = ObjectData.from_object({"x": torch.rand(40, 6)})
     result = run_recipe(build_recipe({**TINY, "data": data, "model": {**MODEL, "dense_widths": [8]}}), tmp_path)
@@ -173,13 +236,65 @@ def test_vectors_without_factors_are_coded_too(tmp_path):
 def test_beta_tcvae_is_the_vae_at_weights_1(step):
     model = build({**MODEL, "latent": "gaussian"})
     vae = method(BetaTCVAE, model={**MODEL, "latent": "gaussian"})
+    codes, encode = [], model.encode
+    model.encode = lambda x, **fields: codes.append(encode(x, **fields)) or codes[-1]
     terms = step(vae, model)
     assert set(terms) == {"reconstruction", "mutual_information", "total_correlation", "dimension_wise_kl"}
-    torch.manual_seed(0)
-    run_terms = sum(terms[k] for k in terms if k != "reconstruction") * 16 * 16 * 3
-    assert torch.isfinite(run_terms)
+    (code,) = codes
+    posterior = torch.distributions.Normal(code.continuous, code.std)
+    prior = torch.distributions.Normal(0.0, 1.0)
+    kl = (posterior.log_prob(code.z) - prior.log_prob(code.z)).sum(1).mean()
+    torch.testing.assert_close(sum(terms[k] for k in terms if k != "reconstruction"), kl / (16 * 16 * 3))
     assert vae.couples()
     assert not PlainAutoencoder().couples()
+
+
+class Listed(torch.utils.data.Dataset):
+    """Images read one by one, as they are."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, position):
+        return {"pixel_values": self.images[position]}
+
+
+@pytest.mark.parametrize("wrong", [1.5, -0.5, float("nan")])
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("name", ["qlae", "quantized-infogan"])
+def test_a_single_value_outside_the_range_is_refused_wherever_it_is(tmp_path, name, in_memory, wrong):
+    images = torch.rand(600, 3, 8, 8)
+    images[577, 1, 4, 4] = wrong
+    # All samples train: nothing is set aside, so that the wrong one cannot be elsewhere.
+    data = ObjectData.from_object(Listed(images)).model_copy(
+        update={"in_memory": in_memory, "validation": 0.0, "test": 0.0}
+    )
+    recipe = {**TINY, "method": name, "data": data, "model": {**MODEL, "num_latents": 2}, "batch_size": 4}
+    with pytest.raises(UserError) as caught:
+        run_recipe(build_recipe(recipe), tmp_path)
+    assert "but this method needs [0, 1]; set data.pixels=unit" in str(caught.value)
+    assert f"{wrong:.3g}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_are_not_read_through_and_the_check_moves_no_number(tmp_path):
+    images = (torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(3)) * 255).to(torch.uint8)
+    found = {}
+    for kind, stored, in_memory in (
+        ("memory", images, True),
+        ("bytes", images, False),
+        ("floats", images.float() / 255, False),
+    ):
+        data = ObjectData.from_object(Listed(stored)).model_copy(
+            update={"in_memory": in_memory, "validation": 0.0, "test": 0.0}
+        )
+        result = run_recipe(build_recipe({**TINY, "data": data, "held_out": 10}), tmp_path / kind)
+        found[kind] = (fingerprint(result.autoencoder), (tmp_path / kind / "checkpoints" / "range").exists())
+    assert found["bytes"] == (found["memory"][0], False)
+    assert found["floats"] == (found["memory"][0], True)
 
 
 def test_bad_input_gives_one_sentence(tmp_path):

@@ -103,6 +103,7 @@ def test_defaults_are_the_released_ones():
     method = QuantizedInfoGAN()
     assert (method.weight_value, method.weight_gradient, method.weight_latent) == (1.0, 10.0, 200.0)
     assert (method.weight_quantization, method.weight_commitment, method.generator_every) == (0.01, 0.01, 5)
+    assert method.batch_size == 64
     decayed, free = method.optimizers()
     assert (decayed.name, decayed.lr, decayed.betas, decayed.weight_decay, decayed.clip_value) == (
         "adamw",

@@ -79,8 +79,10 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(pixel_values).z)
 
     @torch.no_grad()
-    def traverse(self, x: Float[Tensor, "one *shape"], latent: int, steps: int = 8) -> Float[Tensor, "values *shape"]:
-        """Pictures of one sample as one latent takes its values (or ``steps`` values over -2 to 2 when continuous)."""
+    def traverse(
+        self, x: Float[Tensor, "one *shape"], latent: int, steps: int = 8, span: tuple[float, float] = (-2.0, 2.0)
+    ) -> Float[Tensor, "values *shape"]:
+        """Pictures of one sample as one latent takes its values (or ``steps`` values over ``span`` when continuous)."""
         code = self.encode(x)
         if isinstance(self.latent, LatentQuantizer) and code.indices is not None:
             codes = self.latent.traverse(code.indices, latent)[:, 0]
@@ -90,7 +92,7 @@ class Autoencoder(nn.Module):
             codes = self.latent.lookup(moved)
         else:
             codes = code.z.repeat(steps, 1)
-            codes[:, latent] = torch.linspace(-2, 2, steps, device=codes.device)
+            codes[:, latent] = torch.linspace(*span, steps, device=codes.device)
         return self.decode(codes).sigmoid()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stillhouse.data import Batch, DataSpec, Split
+from stillhouse.data.sources import Memory, in_chunks
 from stillhouse.engine import (
     Compute,
     Losses,
@@ -88,6 +91,7 @@ class Autoencoding(Method):
     def stages(self, run: Run) -> Stages:
         """One stage, then the measures."""
         model = self.build(run)
+        yield from rest_in_range(run.data.split("train"), run.data.name)
         batches = run.data.split("train").batches(self.batch_size)
         update = Update(self.loss, trains=self.trains(model), couples=self.couples(), sparse=True)
         yield Stage("autoencoder", {"model": model}, [update], steps=self.num_steps, batches=batches)
@@ -100,13 +104,16 @@ class Autoencoding(Method):
         pictures = yield Compute("pictures", lambda _: draw(model, split, run))
         numbers = measured["numbers"]
         rows: list[list[str | float | int]] = [[name, round(value, 4)] for name, value in numbers.items()]
+        functions: dict[str, Callable[..., Any]] = {"encode": Encoder(model), "decode": Decoder(model)}
+        if model.latent is not None:
+            functions["sample"] = Sampler(model, measured["seen"])
         title = f"Code of {measured['latents']} latents on {measured['samples']} samples ({split.name})"
         return Result(
             artefacts={"autoencoder": model},
             metrics={**numbers, "parameters": float(count_parameters(model))},
             tables=[Table(title, ["measure", "value"], rows)],
             pictures=pictures,
-            functions={"encode": Encoder(model), "decode": Decoder(model)},
+            functions=functions,
             notes=measured["notes"],
         )
 
@@ -138,6 +145,33 @@ class Decoder:
             return self.model.decode(z.to(next(self.model.parameters()).device)).sigmoid()
 
 
+class Sampler:
+    """``sample(count)``: new samples in [0, 1] from codes that vary each latent by itself.
+
+    Args:
+        model: an autoencoder with a latent.
+        seen: which values each latent takes on data, the ones it is drawn from uniformly; (latents, values). Not used
+            for a Gaussian code, which is drawn from its prior.
+    """
+
+    def __init__(self, model: Autoencoder, seen: Tensor) -> None:
+        self.model, self.seen = model, seen
+
+    def __call__(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Samples; ``generator`` (on the CPU) makes the draw repeatable."""
+        if count < 1:
+            raise UserError(f"sample was asked for {count} samples; ask for at least 1.")
+        device, latent = next(self.model.parameters()).device, self.model.latent
+        with measuring(self.model):
+            if isinstance(latent, LatentQuantizer | VectorQuantizer):
+                drawn = torch.multinomial(self.seen.cpu().float(), count, replacement=True, generator=generator)
+                z = latent.lookup(drawn.T.to(device))
+            else:
+                assert latent is not None
+                z = torch.randn(count, latent.num_latents, generator=generator).to(device)
+            return self.model.decode(z).sigmoid()
+
+
 def inputs(batch: Batch) -> Tensor:
     """What is encoded and reconstructed: the first input."""
     return next(iter(batch.inputs.values()))
@@ -149,10 +183,51 @@ def latent_parameters(model: Autoencoder) -> list[Tensor]:
 
 
 def check_range(split: Split, name: str) -> None:
-    """Refuse data outside [0, 1], for which the loss is not a likelihood."""
-    x = inputs(split.batch(torch.arange(min(256, len(split)))))
-    low, high = float(x.min()), float(x.max())
-    if low < 0 or high > 1:
+    """Refuse a training split with a value outside [0, 1], where the loss is not a likelihood.
+
+    Of a split that is not in memory only the first samples are looked at; :func:`rest_in_range` reads the others.
+    """
+    held = split.source
+    stored = held.tensors if isinstance(held, Memory) else held.fetch(torch.arange(min(256, len(split))))
+    field = next(iter(split.batch([0]).inputs))
+    _refuse_outside(_extent(split, field, stored[field]), name)
+
+
+def rest_in_range(split: Split, name: str) -> Generator[Compute, Any, None]:
+    """Refuse like :func:`check_range` a split that is not in memory, after reading it once.
+
+    Bytes whose every level lies in [0, 1] need no reading. Of samples that are drawn anew each time, one draw is read.
+    """
+    source = split.source
+    if isinstance(source, Memory):
+        return
+    field = next(iter(split.batch([0]).inputs))
+    stored = source.fetch(torch.arange(1))[field]
+    if stored.dtype == torch.uint8:
+        low, high = _extent(split, field, torch.cat([torch.zeros_like(stored), torch.full_like(stored, 255)]))
+        if low >= 0 and high <= 1:
+            return
+
+    def read(_: Path) -> Tensor:
+        extents = torch.tensor([_extent(split, field, chunk[field]) for chunk in in_chunks(source)])
+        return torch.stack([extents[:, 0].amin(), extents[:, 1].amax()])
+
+    low, high = (yield Compute("range", read)).tolist()
+    _refuse_outside((low, high), name)
+
+
+def _extent(split: Split, field: str, stored: Tensor) -> tuple[float, float]:
+    """Smallest and largest value that a model sees of stored samples; NaN where one is NaN."""
+    # What brings them to a model is monotone in each channel, so the ends of the channels are enough.
+    dims = [dim for dim in range(stored.dim()) if dim != 1 or stored.dim() != 4]
+    ends = torch.stack([stored.amin(dims), stored.amax(dims)])
+    seen = split.prepare({field: ends[..., None, None] if stored.dim() == 4 else ends}, device=torch.device("cpu"))
+    return float(seen[field].min()), float(seen[field].max())
+
+
+def _refuse_outside(extent: tuple[float, float], name: str) -> None:
+    low, high = extent
+    if not (low >= 0 and high <= 1):  # So that NaN is refused too.
         raise UserError(
             f"data: {name!r} has values from {low:.3g} to {high:.3g}, but this method needs [0, 1]; set data.pixels=unit."
         )
@@ -175,17 +250,20 @@ def measure(model: Autoencoder, split: Split, most: int, run: Run) -> dict[str, 
                 sources.append(batch["sources"])
     psnr = -10 * torch.log10(torch.cat(errors).clamp_min(1e-12)).mean()
     numbers = {"psnr": float(psnr)}
+    usage = None
     discrete = bool(indices)
     latents = torch.cat(indices if discrete else codes).cpu()
     if isinstance(model.latent, LatentQuantizer | VectorQuantizer):
-        numbers["codebook_usage"] = float(model.latent.usage(latents).fraction.float().mean())
+        usage = model.latent.usage(latents)
+        numbers["codebook_usage"] = float(usage.fraction.float().mean())
     notes: list[str] = []
     if sources:
         known = torch.cat(sources).cpu()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             scores = info_mec(known, latents, discrete=discrete)
-            importance = dci(known, latents, predictor="lasso")
+            # Trees, as neither hues and shapes nor a codebook's indices have an order that a line could follow.
+            importance = dci(known, latents, predictor="random_forest", n_jobs=1)
             numbers |= {
                 "infom": scores.modularity,
                 "infoe": scores.explicitness,
@@ -201,13 +279,16 @@ def measure(model: Autoencoder, split: Split, most: int, run: Run) -> dict[str, 
         "numbers": {name: float(value) for name, value in numbers.items()},
         "latents": latents.shape[1],
         "samples": len(subset),
+        "seen": torch.empty(0) if usage is None else usage.counts > 0,
         "notes": notes,
     }
 
 
 def draw(model: Autoencoder, split: Split, run: Run) -> dict[str, Tensor]:
     """Pictures: reconstructions below their originals, and each latent moved over its values, a row per latent."""
-    x = inputs(split.take(min(10, len(split))).batch(range(min(10, len(split)))))
+    shown = min(256, len(split))
+    seen = inputs(split.take(shown).batch(range(shown)))
+    x = seen[:10]
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         return {}
     x = x.to(run.world.device)
@@ -215,7 +296,11 @@ def draw(model: Autoencoder, split: Split, run: Run) -> dict[str, Tensor]:
         rebuilt = model(x).sigmoid()
         count = model.encode(x[:1])
         latents = count.indices.shape[1] if count.indices is not None else count.z.shape[1]
-        rows = [model.traverse(x[:1], latent) for latent in range(latents)]
+        spans = [(-2.0, 2.0)] * latents
+        if model.latent is None:  # Its scale is its own: as far as the samples go.
+            z = model.encode(seen.to(run.world.device)).z
+            spans = list(zip(z.amin(0).tolist(), z.amax(0).tolist(), strict=True))
+        rows = [model.traverse(x[:1], latent, span=spans[latent]) for latent in range(latents)]
     widest = max(len(row) for row in rows)
     lines = [F.pad(row, (0, 0, 0, 0, 0, 0, 0, widest - len(row)), value=1.0) for row in rows]
     return {

@@ -36,7 +36,15 @@ from stillhouse.losses.latents import (
     wgan_critic,
     wgan_generator,
 )
-from stillhouse.methods.representations.autoencoding import Decoder, Encoder, check_range, draw, inputs, measure
+from stillhouse.methods.representations.autoencoding import (
+    Decoder,
+    Encoder,
+    check_range,
+    draw,
+    inputs,
+    measure,
+    rest_in_range,
+)
 from stillhouse.models import Autoencoder, AutoencoderSpec, ModelSpec, count_parameters
 from stillhouse.models.autoencoders import CriticEncoder, DenseEncoder, ImageEncoder
 from stillhouse.modules.quantizers import LatentQuantizer
@@ -71,7 +79,7 @@ class QuantizedInfoGAN(Method):
     model: ModelSpec = Field(AutoencoderSpec(), description="encoder, quantiser (per_latent or shared) and generator")
     num_steps: int = Field(200_000, ge=1, description="critic steps")
     generator_every: int = Field(5, ge=1, description="critic steps per generator step")
-    batch_size: int = Field(128, ge=1, description="real samples, and as many generated ones, per process and step")
+    batch_size: int = Field(64, ge=1, description="real samples, and as many generated ones, per process and step")
     lr: float = Field(2e-4, gt=0, description="learning rate of both sides, constant")
     betas: tuple[float, float] = Field((0.0, 0.9), description="decay rates of Adam, of both sides")
     weight_decay: float = Field(1e-4, ge=0, description="decoupled decay of everything but biases and stored values")
@@ -130,6 +138,7 @@ class QuantizedInfoGAN(Method):
     def stages(self, run: Run) -> Stages:
         """One adversarial stage, then the measures of the encoder's codes."""
         model = self.build(run)
+        yield from rest_in_range(run.data.split("train"), run.data.name)
         quantizer, encoder = model.latent, model.encoder
         assert isinstance(quantizer, LatentQuantizer)
         assert isinstance(encoder, ImageEncoder | DenseEncoder)
