@@ -10,7 +10,7 @@ from torch import nn
 
 from stillhouse.data import Batch, ObjectData, load_data
 from stillhouse.data.export import load_tensors
-from stillhouse.engine import Modules, Run, RunDirectory
+from stillhouse.engine import Modules, Run, RunDirectory, World
 from stillhouse.errors import UserError
 from stillhouse.front import run_recipe
 from stillhouse.losses.features import attention_matching, mean_matching
@@ -334,3 +334,15 @@ def test_small_classes_are_drawn_with_replacement(tmp_path):
     few = ObjectData.from_object({"train": (images, torch.arange(60) % 3), "test": (images, torch.arange(60) % 3)})
     recipe = build_recipe({"method": "datadam", **TINY, "batch_real": 50, "data": few, "compare_start": False})
     assert run_recipe(recipe, tmp_path / "run").metrics["test/accuracy"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "each", "steps"),
+    [(4, 1, 4, 9), (4, 2, 2, 9), (4, 3, 1, 9), (4, 8, 1, 3), (64, 1, 10, 3), (64, 2, 5, 3), (5, 2, 2, 9)],
+)
+def test_processes_share_the_batch_in_scoring(tmp_path, batch_size, processes, each, steps):
+    method = DataDAM(network=NET, data="digits", eval_epochs=3, eval_batch_size=batch_size)
+    s = Setting(method, tmp_path)
+    s.run.world = World(0, processes, s.run.world.device)
+    stage = next(method.scored(s.run, s.set, "distilled"))[0].build()
+    assert (stage.batches.batch_size, stage.steps) == (each, steps), "10 images, 3 epochs"

@@ -1,10 +1,15 @@
-"""What every method owes: its small recipe runs, two equal runs are equal, and stopping anywhere changes nothing."""
+"""What every method owes: its small recipe runs, and stopping or killing it anywhere changes nothing."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from stillhouse.engine import Interrupted, Signals, Silent
 from stillhouse.front import run_recipe
@@ -60,8 +65,8 @@ class Stopper(Silent):
             self.signals.stop = True
 
 
-def tiny(name):
-    return load_recipe(name, [*TINY[name], "run.device=cpu", "run.log_every=3", "run.threads=1"], seed=1)
+def tiny(name, *more):
+    return load_recipe(name, [*TINY[name], "run.device=cpu", "run.log_every=3", "run.threads=1", *more], seed=1)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -93,3 +98,43 @@ def test_a_run_that_is_stopped_everywhere_equals_a_straight_one(name, tmp_path):
             signals.stop = False
     assert stops >= 1
     assert files(tmp_path / "stopped") == files(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("name", ["sinkd", "datadam", "dmd2", "qlae"])
+def test_a_run_that_is_killed_five_times_equals_a_straight_one(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("killed.py"), tmp_path, name],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lives = [line.split() for line in done.stdout.splitlines()]
+    assert [life[2] for life in lives] == ["-9"] * 5, "every life but the last is to end by a kill"
+    assert files(tmp_path / "killed") == files(tmp_path / "straight")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """DataDAM and DMD2 in one process and in two, with the same global batch."""
+    homes = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
+        homes.append(tmp_path_factory.mktemp("shared"))
+        done = subprocess.run(
+            [sys.executable, *launcher, Path(__file__).with_name("shared.py"), homes[-1], "8"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return homes
+
+
+@pytest.mark.parametrize("name", ["datadam", "dmd2"])
+def test_two_processes_equal_one(name, shared):
+    assert [(home / f"{name}.world").read_text() for home in shared] == ["1", "2"]
+    one, two = (load_file(home / f"{name}.safetensors") for home in shared)
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-5, atol=1e-6)
