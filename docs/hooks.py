@@ -101,7 +101,7 @@ def systems() -> str:
             row = [page, entry["family"], entry["summary"], paper, VERIFIED[entry["verified"]]]
             if not classic:
                 result = recorded(name)
-                row.append("not recorded" if result is None else result["verdict"])
+                row.append("not recorded" if result is None else verdict(result))
             rows.append(row)
         if rows:
             columns = ["name", "family", "what it gives", "paper", "loss checked against"]
@@ -117,20 +117,25 @@ def claim(name: str, result: Mapping[str, Any] | None) -> str:
             "    No result of this claim is recorded. Measure it:\n\n"
             f"    ```console\n    $ stillhouse claims {name}\n    ```"
         )
-    held = result["verdict"] == "held"
     metrics = list(dict.fromkeys(metric for arm in result["arms"].values() for metric in arm))
     rows = [[f"`{arm}`", *(spread(numbers.get(m, [])) for m in metrics)] for arm, numbers in result["arms"].items()]
     seeds = result["seeds"]
     made_with = ", ".join(f"{key} {value}" for key, value in result["environment"].items() if key != "platform")
     parts = [
-        f'!!! {"success" if held else "failure"} "The claim {result["verdict"]}"\n    {result["statement"]}',
+        f'!!! {"success" if result["holds"] else "failure"} "The claim {verdict(result)}"\n    {result["claim"]}',
         table(["arm", *(f"`{metric}`" for metric in metrics)], rows),
         f"Mean and standard deviation over {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}.",
         "\n".join(f"- {margin['finding']}." for margin in result["margins"]),
         result.get("remark", ""),
-        f"Repeat it: `{result['command']}`. Measured with {made_with}.",
+        f"Repeat it: `{result['command']}` ({result['seconds'] / 60:.0f} minutes of runs). Measured {result['date'][:10]} with "
+        f"{made_with}.",
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """The word for what a claim did."""
+    return "holds" if result["holds"] else "fails"
 
 
 def fields(name: str) -> str:

@@ -86,20 +86,30 @@ def test_snippets_exist(page):
 
 def test_a_recorded_claim_is_shown_whole_also_when_it_failed(hooks):
     result = {
-        "statement": "A beats B.",
-        "verdict": "failed",
+        "claim": "A beats B.",
+        "holds": False,
+        "seconds": 61.0,
+        "date": "2026-01-02T03:04:05+00:00",
         "command": "stillhouse claims x",
         "seeds": [0, 1],
         "arms": {"a": {"test/accuracy": [0.5, 0.52]}, "b": {"test/accuracy": [0.6, 0.6]}},
-        "margins": [{"finding": "a over b in test/accuracy: -0.09, asked +0.01: failed"}],
+        "margins": [{"finding": "a over b in test/accuracy: -0.09, asked +0.01: fails"}],
         "environment": {"torch": "2"},
         "remark": "Small.",
     }
     text = hooks.claim("x", result)
-    assert text.startswith('!!! failure "The claim failed"')
+    assert text.startswith('!!! failure "The claim fails"')
     assert "| `a` | 0.510 ± 0.014 |" in text
     assert "| `b` | 0.6 ± 0 |" in text
-    for part in ("A beats B.", "asked +0.01: failed", "Small.", "stillhouse claims x", "2 seeds", "torch 2"):
+    for part in (
+        "A beats B.",
+        "asked +0.01: fails",
+        "Small.",
+        "stillhouse claims x",
+        "2 seeds",
+        "torch 2",
+        "1 minutes",
+    ):
         assert part in text
     assert "stillhouse claims y" in hooks.claim("y", None)
 
@@ -121,7 +131,7 @@ def test_the_list_of_systems_has_every_method_and_its_verdict(hooks):
         assert entry["summary"] in row
         if not entry["classic"]:
             result = hooks.recorded(entry["name"])
-            assert row.endswith(f"| {'not recorded' if result is None else result['verdict']} |")
+            assert row.endswith(f"| {'not recorded' if result is None else hooks.verdict(result)} |")
 
 
 def test_the_navigation_takes_up_every_page_of_a_folder(hooks):

@@ -249,9 +249,6 @@ def test_nasty_names_are_text(writer):
         "run.json",
         {"name": NASTY, "command": [NASTY], "started": NASTY, "environment": {NASTY: NASTY}, "method": method},
     )
-    writer.json(
-        "claim.json", {"statement": NASTY, "finding": NASTY, "verdict": NASTY, "command": NASTY, "remark": NASTY}
-    )
     page = build(writer.path).read_text()
     found = parsed(page)
     assert found.scripts == 1
@@ -341,16 +338,6 @@ def test_paths_with_spaces_are_quoted(writer, tmp_path):
         "stillhouse run 'my run/recipe.yaml' --seed 3 --out 'my run-again'"
         in parsed(build(Path("my run")).read_text()).said
     )
-
-
-def test_a_claim_is_told_with_its_verdict(writer):
-    writer.json(
-        "claim.json",
-        {"statement": "It is better.", "verdict": "failed", "finding": "-0.1", "command": "stillhouse claims x"},
-    )
-    said = parsed(build(writer.path).read_text()).said
-    for words in ("Claim: failed", "It is better.", "stillhouse claims x"):
-        assert words in said
 
 
 @pytest.mark.parametrize(

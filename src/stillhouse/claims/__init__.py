@@ -3,6 +3,28 @@
 A file ``claims/<method>.py`` holds one :class:`Claim`; ``claims/results/<method>.json`` the last recorded result.
 """
 
-from stillhouse.claims.claim import Claim, Margin, Outcome, find_claim, last_result, run_claim
+from stillhouse.claims.claim import (
+    RECORDS,
+    RESULTS,
+    Claim,
+    Margin,
+    Outcome,
+    all_claims,
+    find_claim,
+    judge,
+    last_result,
+    run_claim,
+)
 
-__all__ = ["Claim", "Margin", "Outcome", "find_claim", "last_result", "run_claim"]
+__all__ = [
+    "RECORDS",
+    "RESULTS",
+    "Claim",
+    "Margin",
+    "Outcome",
+    "all_claims",
+    "find_claim",
+    "judge",
+    "last_result",
+    "run_claim",
+]

@@ -7,12 +7,16 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from stillhouse.engine import Listener
+from scipy.special import stdtrit
+
+from stillhouse.engine import Listener, Signals
+from stillhouse.engine.storage import write_text
 from stillhouse.errors import UserError, nearest
 from stillhouse.front import run_recipe
 from stillhouse.recipe import build_recipe, load_recipe
@@ -20,15 +24,19 @@ from stillhouse.registry import entries
 from stillhouse.report import environment
 
 RESULTS = Path(__file__).parent / "results"
+"""What the project recorded."""
+
+RECORDS = Path("claims") / "results"
+"""What is measured in the directory one works in."""
 
 
 @dataclass(frozen=True)
 class Margin:
-    """One inequality between the means over seeds of two arms.
+    """One inequality between the means over seeds of two arms, or of one arm and a number.
 
     Attributes:
         better: the arm that should be better.
-        than: the arm it is compared with.
+        than: the arm it is compared with; None compares with 0.
         metric: name of the number.
         by: the least difference of means, in the metric's unit (negative: it may be worse by so much).
         mode: whether larger or smaller numbers are better.
@@ -36,7 +44,7 @@ class Margin:
     """
 
     better: str
-    than: str
+    than: str | None
     metric: str
     by: float
     mode: Literal["max", "min"] = "max"
@@ -78,36 +86,43 @@ class Claim:
 
 @dataclass
 class Outcome:
-    """What running a claim found.
+    """What running a claim found; as JSON it is what is recorded.
 
     Attributes:
-        claim: the method's name.
-        statement: the claim's statement.
-        verdict: ``held`` or ``failed``.
-        finding: the measured differences, in a sentence.
-        command: what repeats it.
+        name: the method's name.
+        claim: the claim's statement.
+        holds: whether all margins hold.
+        measured: the measured difference of the margin that decides: the first that fails, or the first.
+        margin: what that one asks for.
         seeds: the seeds.
+        seconds: what all runs took together, teachers that were trained on the way included.
+        command: what repeats it.
+        date: when it was judged (UTC).
         arms: arm to metric to a number per seed.
-        margins: each inequality with its measured difference, standard error and verdict.
+        margins: each inequality as :func:`judge` gives it.
         environment: versions and machine.
         remark: the claim's remark.
     """
 
+    name: str
     claim: str
-    statement: str
-    verdict: str
-    finding: str
-    command: str
+    holds: bool
+    measured: float
+    margin: float
     seeds: list[int]
+    seconds: float
+    command: str
+    date: str
     arms: dict[str, dict[str, list[float]]]
     margins: list[dict[str, Any]]
     environment: dict[str, Any] = field(default_factory=dict)
     remark: str = ""
 
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+    def save(self, directory: Path) -> Path:
+        """Write it as ``NAME.json`` below a directory; returns the file."""
+        path = directory / f"{self.name}.json"
+        write_text(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        return path
 
 
 def find_claim(name: str) -> Claim:
@@ -119,17 +134,25 @@ def find_claim(name: str) -> Claim:
     known = [entry["name"] for entry in entries()]
     if name not in known:
         raise UserError(f"there is no method {name!r}; {nearest(name, known)}")
-    module = f"stillhouse.claims.{name.replace('-', '_')}"
-    if find_spec(module) is None:
+    if find_spec(_module(name)) is None:
         raise UserError(f"the method {name!r} states no claim; those with a claim are systems, not classics.")
-    claim: Claim = import_module(module).claim
+    claim: Claim = import_module(_module(name)).claim
     return claim
 
 
+def all_claims() -> list[Claim]:
+    """The claims of every method that states one, by name."""
+    names = sorted(entry["name"] for entry in entries())
+    return [find_claim(name) for name in names if find_spec(_module(name)) is not None]
+
+
 def last_result(name: str) -> dict[str, Any] | None:
-    """The last recorded result of a method's claim, or None."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    """The last recorded result of a method's claim: one's own of this directory, else the project's, else None."""
+    for path in (RECORDS / f"{name}.json", RESULTS / f"{name}.json"):
+        if path.exists():
+            result: dict[str, Any] = json.loads(path.read_text())
+            return result
+    return None
 
 
 def run_claim(
@@ -138,17 +161,29 @@ def run_claim(
     seeds: int | None = None,
     home: Path,
     listener: Callable[[str, int], Listener | None] = lambda arm, seed: None,
+    signals: Signals | None = None,
 ) -> Outcome:
     """Run every arm with every seed and judge.
 
     Args:
         claim: the claim.
         seeds: only the first so many seeds.
-        home: directory of the runs; runs that finished there are not repeated.
+        home: directory of the runs; what finished there is not repeated, what was interrupted is continued.
         listener: makes the listener of one run.
+        signals: asks for a checkpoint and a stop.
+
+    Raises:
+        UserError: a run of another recipe lies in ``home``, an arm does not measure what is compared, or there are fewer
+            seeds than asked for.
+        Interrupted: ``signals`` asked for it.
     """
+    if seeds is not None and not 1 <= seeds <= len(claim.seeds):
+        raise UserError(
+            f"--seeds is {seeds}, but the claim {claim.name} has {len(claim.seeds)} seeds; ask for 1 to all."
+        )
     chosen = list(claim.seeds)[:seeds]
     arms: dict[str, dict[str, list[float]]] = {}
+    seconds = 0.0
     for arm in claim.arms:
         numbers: dict[str, list[float]] = {metric: [] for metric in claim.recorded()}
         for seed in chosen:
@@ -156,21 +191,26 @@ def run_claim(
             out = home / f"{arm}-{seed}"
             measured = _finished(out, recipe.dump())
             if measured is None:
-                measured = run_recipe(recipe, out, listener=listener(arm, seed)).metrics
+                measured = run_recipe(recipe, out, listener=listener(arm, seed), signals=signals).metrics
             for metric in numbers:
                 if metric not in measured:
                     raise UserError(f"claim {claim.name}, arm {arm}: the run measures no {metric!r}.")
                 numbers[metric].append(measured[metric])
+            seconds += sum(json.loads((out / "cost.json").read_text()).values())
         arms[arm] = numbers
     margins = [judge(margin, arms) for margin in claim.margins]
-    short = "" if seeds is None else f" --seeds {len(chosen)}"
+    deciding = next((margin for margin in margins if not margin["holds"]), margins[0])
+    short = "" if len(chosen) == len(claim.seeds) else f" --seeds {len(chosen)}"
     return Outcome(
-        claim=claim.name,
-        statement=claim.statement,
-        verdict="held" if all(m["held"] for m in margins) else "failed",
-        finding="; ".join(m["finding"] for m in margins) + ".",
-        command=f"stillhouse claims {claim.name}{short}",
+        name=claim.name,
+        claim=claim.statement,
+        holds=all(margin["holds"] for margin in margins),
+        measured=deciding["measured"],
+        margin=deciding["by"],
         seeds=chosen,
+        seconds=round(seconds, 1),
+        command=f"stillhouse claims {claim.name}{short}",
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
         arms=arms,
         margins=margins,
         environment=environment(),
@@ -179,22 +219,51 @@ def run_claim(
 
 
 def judge(margin: Margin, arms: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
-    """The measured difference of a margin, with the standard error of the per-seed differences."""
-    ours, theirs = arms[margin.better][margin.metric], arms[margin.than][margin.metric]
+    """Compare two arms, seed by seed.
+
+    Args:
+        margin: what is asked.
+        arms: arm to metric to a number per seed.
+
+    Returns:
+        The margin's attributes and ``measured`` (mean over seeds of the differences, positive where ``better`` is
+        better), ``std`` of the differences and ``interval`` (95 %, Student's t), both None for a single seed, ``holds``
+        (the mean reaches ``by``), ``clear`` (the interval does not reach over ``by``) and ``finding``, a sentence.
+    """
+    ours = arms[margin.better][margin.metric]
+    theirs = [0.0] * len(ours) if margin.than is None else arms[margin.than][margin.metric]
     sign = 1 if margin.mode == "max" else -1
-    differences = [sign * (a - b) for a, b in zip(ours, theirs, strict=True)]
-    if margin.ratio:
-        scale = abs(statistics.fmean(theirs))
-        differences = [difference / scale for difference in differences]
-    mean = statistics.fmean(differences)
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else float("nan")
-    held = mean >= margin.by
-    kind = "relative " if margin.ratio else ""
-    finding = (
-        f"{margin.better} over {margin.than} in {margin.metric}: {kind}{mean:+.4g} (standard error {error:.2g}), "
-        f"asked {margin.by:+g}: {'held' if held else 'failed'}"
-    )
-    return {**asdict(margin), "difference": mean, "standard_error": error, "held": held, "finding": finding}
+    scale = abs(statistics.fmean(theirs)) if margin.ratio else 1.0
+    differences = [sign * (a - b) / scale for a, b in zip(ours, theirs, strict=True)]
+    mean, count = statistics.fmean(differences), len(differences)
+    holds = mean >= margin.by
+    std: float | None = None
+    interval: list[float] | None = None
+    within = "one seed"
+    if count > 1:
+        std = statistics.stdev(differences)
+        half = float(stdtrit(count - 1, 0.975)) * std / math.sqrt(count)
+        interval = [mean - half, mean + half]
+        within = f"95 % interval {interval[0]:+.3g} to {interval[1]:+.3g}"
+    clear = interval is not None and (interval[0] >= margin.by if holds else interval[1] < margin.by)
+    against = "" if margin.than is None else f" over {margin.than}"
+    unit = " of its mean" if margin.ratio else ""
+    verdict = ("holds" if holds else "fails") + ("" if clear else ", within noise")
+    return {
+        **asdict(margin),
+        "measured": mean,
+        "std": std,
+        "interval": interval,
+        "holds": holds,
+        "clear": clear,
+        "finding": (
+            f"{margin.better}{against} in {margin.metric}: {mean:+.4g}{unit} ({within}), asked {margin.by:+g}: {verdict}"
+        ),
+    }
+
+
+def _module(name: str) -> str:
+    return f"stillhouse.claims.{name.replace('-', '_')}"
 
 
 def _finished(out: Path, values: Mapping[str, Any]) -> dict[str, float] | None:

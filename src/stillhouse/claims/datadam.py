@@ -40,7 +40,9 @@ claim = Claim(
         "random": {"method": "random-selection"},
         "herding": {"method": "herding"},
         "k-center": {"method": "k-center"},
+        "dm-0.3": dm(0.3),
         "dm-1": dm(1.0),
+        "dm-3": dm(3.0),
         "dm-10": dm(10.0),
         "dm-100": dm(100.0),
         "power-1": datadam(power=1.0),
@@ -54,12 +56,12 @@ claim = Claim(
         Margin("datadam", "dm-10", "test/accuracy", by=0.05),
         Margin("datadam", "dm-100", "test/accuracy", by=0.05),
     ],
-    seeds=(0, 1, 2),
+    seeds=(0, 1, 2, 3, 4),
     remark=(
-        "Networks of width 32 with instance norm, 800 steps, 4 fresh networks of 300 epochs a score. The margin over real "
-        "images and over two of DM's weights holds; it fails by 0.6 points against DM's weight of 1. Five points were first "
-        "measured against a weight of 100 alone, which is DM's worst here: over the best of the sweep the gain is 4.4 points, "
-        "in every seed between 3.8 and 4.8. Power 1 and attention alone do as well as the default within noise; a fixed network "
-        "or separate augmentations lose 27 and 11 points."
+        "Networks of width 32 with instance norm, 800 steps, 4 fresh networks of 300 epochs a score. The margin over real images "
+        "and over two of DM's weights holds; it fails against DM's weight of 1, where the gain is 2.5 points and within noise. An "
+        "earlier record of three seeds had 4.4 points there with a standard error of 0.3: its seeds happened to lie close "
+        "together (other seeds of the same code range from -1 to +7 points), so five are used now and the interval is shown. "
+        "Herding and k-center choose with one trained network whatever the seed, so their spread is that of the scoring alone."
     ),
 )

@@ -7,17 +7,24 @@ from stillhouse.claims.claim import Claim, Margin
 claim = Claim(
     name="dmd2",
     statement=(
-        "On a ring of eight Gaussians, one step, without regression or GAN loss, five updates of the fake score for one of the "
-        "generator give at least 10% less sliced Wasserstein distance than one for one at equal iterations."
+        "On a ring of eight Gaussians without labels, one step, without regression or GAN loss, five updates of the fake score "
+        "for one of the generator give at least 10% less sliced Wasserstein distance than one for one, both at equal iterations "
+        "and at equal updates of the generator, and lose no mode."
     ),
     base={
         "method": "dmd2",
         "data": {"kind": "ring"},
-        "teacher": {"kind": "trained", "model": {"kind": "point_denoiser"}, "num_steps": 4000, "batch_size": 512},
-        "num_steps": 2000,
-        "batch_size": 256,
+        "teacher": {
+            "kind": "trained",
+            "model": {"kind": "point_denoiser", "conditional": False},
+            "schedule": {"kind": "edm", "sigma_data": 0.7},
+            "num_steps": 4000,
+            "batch_size": 512,
+        },
+        "num_steps": 3000,
+        "batch_size": 512,
         "generator_every": 5,
-        "optimizer": {"name": "adamw", "lr": 5e-4, "weight_decay": 0.01, "warmup": 50, "clip_norm": 10.0},
+        "optimizer": {"name": "adamw", "lr": 5e-4, "weight_decay": 0.01, "warmup": 0, "clip_norm": 10.0},
         "weight_gan": 0.0,
         "teacher_steps": 18,
         "eval_samples": 10000,
@@ -26,18 +33,24 @@ claim = Claim(
     arms={
         "two-time-scales": {},
         "one-to-one": {"generator_every": 1},
-        "one-to-one-equal-updates": {"generator_every": 1, "num_steps": 400},
+        "one-to-one-equal-updates": {"generator_every": 1, "num_steps": 600},
+        "two-time-scales-with-gan": {"weight_gan": 3e-3},
     },
-    margins=[Margin("two-time-scales", "one-to-one", "test/sliced_wasserstein", by=0.10, mode="min", ratio=True)],
-    metrics=[
-        "test/mode_recall",
-        "test/mode_quality",
-        "test/teacher/sliced_wasserstein",
-        "test/teacher-1-step/sliced_wasserstein",
+    margins=[
+        Margin("two-time-scales", "one-to-one", "test/sliced_wasserstein", by=0.10, mode="min", ratio=True),
+        Margin(
+            "two-time-scales", "one-to-one-equal-updates", "test/sliced_wasserstein", by=0.10, mode="min", ratio=True
+        ),
+        # A mean over seeds of 1 is all modes in every seed.
+        Margin("two-time-scales", None, "test/mode_recall", by=1.0),
     ],
-    seeds=(0, 1, 2),
+    metrics=["test/mode_quality", "test/teacher/sliced_wasserstein", "test/teacher-1-step/sliced_wasserstein"],
+    seeds=(0, 1, 2, 3, 4),
     remark=(
-        "A 3 x 128 network as teacher, student and fake score; 2,000 iterations, so 400 updates of the generator at 5:1. Three "
-        "seeds; a seed moves the student and its noise, the teacher is the same."
+        "A 3 x 128 network as teacher, student and fake score; 3,000 iterations of 512 samples, so 600 updates of the generator "
+        "at 5:1. A seed moves the student and its noise; the teacher is the same. At equal iterations the gain is 21 % of the "
+        "mean, in four of five seeds 23 to 28 % and in one -8 %, so five seeds do not tell whether it is above 10 %. At equal "
+        "updates of the generator one for one fails altogether. The teacher itself samples the ring worse than the real points "
+        "are sampled (0.063 against 0.004), which bounds every student."
     ),
 )

@@ -103,15 +103,19 @@ def report(directory: Directory, debug: Debug = False) -> None:
 
 @app.command()
 def claims(
-    name: Name,
+    names: Annotated[Optional[list[str]], typer.Argument(metavar="[NAME]...", help="systems; all by default")] = None,  # noqa: UP045
     seeds: Annotated[Optional[int], typer.Option(help="run only the first so many seeds", min=1)] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="write the result here")] = None,  # noqa: UP045
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="where NAME.json is recorded; claims/results by default"),
+    ] = None,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Run the comparison that a method's claim states, and say whether it held."""
+    """Run the comparisons that systems claim to win, say whether they hold, and record the results."""
     from stillhouse.cli.claiming import judge
 
-    judge(name, seeds=seeds, out=out)
+    judge(names or [], seeds=seeds, out=out, as_json=as_json)
 
 
 def main() -> None:

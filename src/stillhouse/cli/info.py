@@ -47,8 +47,10 @@ def show(name: str, *, as_json: bool = False) -> None:
     if claim is None:
         console.print("claim: none recorded.")
         return
-    console.print(f"claim: {escape(claim['statement'])}", highlight=False)
-    console.print(f"  last result: [bold]{claim['verdict']}[/bold] {escape(claim['finding'])}", highlight=False)
+    console.print(f"claim: {escape(claim['claim'])}", highlight=False)
+    console.print(f"  last result: [bold]{'holds' if claim['holds'] else 'fails'}[/bold]", highlight=False)
+    for margin in claim["margins"]:
+        console.print(f"  {escape(margin['finding'])}", highlight=False)
     console.print(f"  with: {escape(claim['command'])} (seeds {claim['seeds']})", highlight=False)
 
 

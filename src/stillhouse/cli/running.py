@@ -76,7 +76,7 @@ def _models(spec: Any, path: str = "") -> list[tuple[str, ModelSpec]]:
 def _go(recipe: Recipe, directory: Path, world: World, *, cache: bool) -> None:
     console = Console(quiet=not world.is_main)
     signals = Signals()
-    _stop_on_signals(signals)
+    stop_on_signals(signals)
     where = f"{escape(str(directory))} (seed {recipe.seed}, {world.device})"
     console.print(f"[bold]{recipe.method.name}[/bold] in {where}", highlight=False)
     about = _about(recipe, cache)
@@ -131,7 +131,7 @@ def _free(path: Path) -> Path:
     return candidate
 
 
-def _stop_on_signals(signals: Signals) -> None:
+def stop_on_signals(signals: Signals) -> None:
     """The first Ctrl-C (or SIGTERM) asks for a checkpoint and a stop; the second stops at once."""
 
     def ask(number: int, frame: Any) -> None:

@@ -17,7 +17,7 @@ def result_table(
     """Print a table of a run's result."""
     table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
     for number, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if number == 0 else "right")
+        table.add_column(escape(column), overflow="fold", justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*(escape(_cell(cell)) for cell in row))
     (console or Console()).print(table)

@@ -29,8 +29,6 @@ VERIFIED = {
     "reference": "its loss was checked against a reference library",
     "formula": "its loss was checked against the paper's formulas",
 }
-CLAIM = ("statement", "verdict", "finding", "command", "remark")
-"""What is told of a claim's outcome."""
 
 COLORS = 8
 """Colours of lines in the style sheet."""
@@ -102,7 +100,6 @@ def _view(run: RunFiles, version_info: Mapping[str, Any] | None) -> dict[str, An
         "progress": None if run.finished else _progress(run),
         "resume": shlex.join(["stillhouse", "resume", str(run.path)]),
         "tables": [_table(table, {item.name for item in artefacts}) for table in run.tables],
-        "claim": dict.fromkeys(CLAIM, "") | dict(run.claim) if run.claim else None,
         "lineup": _lineup(run.metrics or {}),
         "checks": health,
         "warnings": sum(check.state == "warn" for check in health),

@@ -121,7 +121,6 @@ class RunFiles:
         cost: seconds per yield.
         tables: tables for people.
         notes: sentences for people.
-        claim: ``claim.json``.
         yields: what the method yielded, in order, as the engine recorded it.
         stages: the log.
         damaged: number of lines of the log that are no JSON.
@@ -135,7 +134,6 @@ class RunFiles:
     cost: Mapping[str, float]
     tables: Sequence[Mapping[str, Any]]
     notes: Sequence[str]
-    claim: Mapping[str, Any] | None
     yields: Sequence[Mapping[str, Any]]
     stages: Sequence[StageLog]
     damaged: int
@@ -187,7 +185,6 @@ def read_run(path: Path) -> RunFiles:
         cost=_json(path / "cost.json", dict) or {},
         tables=told.get("tables") or [],
         notes=told.get("notes") or [],
-        claim=_json(path / "claim.json", dict),
         yields=_yields(path),
         stages=stages,
         damaged=damaged,
