@@ -59,8 +59,8 @@ claim = Claim(
     seeds=(0, 1, 2, 3, 4),
     remark=(
         "Networks of width 32 with instance norm, 800 steps, 4 fresh networks of 300 epochs a score. The margin over real images "
-        "and over two of DM's weights holds; it fails against DM's weight of 1, where the gain is 2.5 points and within noise. An "
-        "earlier record of three seeds had 4.4 points there with a standard error of 0.3: its seeds happened to lie close "
+        "and over two of DM's weights holds; it fails against DM's weight of 1, where the gain is 2.5 points and within noise. "
+        "An earlier record of three seeds had 4.4 points there with a standard error of 0.3: its seeds happened to lie close "
         "together (other seeds of the same code range from -1 to +7 points), so five are used now and the interval is shown. "
         "Herding and k-center choose with one trained network whatever the seed, so their spread is that of the scoring alone."
     ),
