@@ -16,7 +16,7 @@ TINY = ["teacher.epochs=1", "epochs=1", "run.checkpoint_every=5", "run.log_every
 
 def stillhouse(*arguments, cwd, **kwargs):
     return subprocess.run(
-        [sys.executable, "-m", "stillhouse.cli", *map(str, arguments)],
+        [sys.executable, "-m", "stillhouse", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -108,7 +108,7 @@ def test_debug_shows_the_traceback(finished):
 def test_ctrl_c_writes_a_checkpoint_and_resume_continues(finished):
     home, _ = finished
     program = subprocess.Popen(
-        [sys.executable, "-m", "stillhouse.cli", "run", "sinkd", *TINY, "epochs=60", "--out", "d", "--seed", "3"],
+        [sys.executable, "-m", "stillhouse", "run", "sinkd", *TINY, "epochs=60", "--out", "d", "--seed", "3"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

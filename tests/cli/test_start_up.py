@@ -42,7 +42,7 @@ def test_the_index_is_fresh():
 
 def test_list_as_json_has_the_promised_keys():
     done = subprocess.run(
-        [sys.executable, "-m", "stillhouse.cli", "list", "--json"],
+        [sys.executable, "-m", "stillhouse", "list", "--json"],
         capture_output=True,
         text=True,
         check=True,

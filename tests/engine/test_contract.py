@@ -29,6 +29,8 @@ from stillhouse.engine import (
     scratch,
     sgd,
 )
+from stillhouse.engine import run as run_module
+from stillhouse.engine.checkpoint import LAYOUT
 from stillhouse.engine.storage import CorruptError, read_tree, write_tree
 from stillhouse.errors import NonFiniteError, RunError, UserError
 from stillhouse.models import fingerprint
@@ -603,6 +605,56 @@ def test_the_cache_key_changes_with_the_version(engine, tmp_path, monkeypatch):
     engine(teaching(), name="b")
     engine(teaching(seed=1), name="c")
     assert len(list((tmp_path / "cache" / "runs").iterdir())) == 3
+
+
+def test_sums_for_the_log_pass_to_another_number_of_processes_by_their_mean(engine):
+    run, _ = engine(one_stage(linear()))
+    turn = run._fit.turns[0]
+    turn.load({**turn.state(), "sums": {"ce": torch.tensor([1.0, 3.0])}})
+    assert turn.sums == {"ce": torch.tensor(2.0)}
+    turn.load({**turn.state(), "sums": {"ce": torch.tensor([3.0])}})
+    assert turn.sums == {"ce": torch.tensor(3.0)}
+
+
+# The layout of stored states ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [None, 1, LAYOUT + 1])
+def test_a_run_of_another_layout_is_refused_with_one_sentence(engine, tmp_path, layout):
+    engine(one_stage(linear()))
+    file = tmp_path / "run" / "checkpoints" / "layout.json"
+    assert json.loads(file.read_text()) == LAYOUT
+    if layout is None:
+        file.unlink()  # As versions left it that knew of no layouts.
+    else:
+        file.write_text(json.dumps(layout))
+    log = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    sentence = (
+        rf"in another form \(layout {layout or 1}, here {LAYOUT}\); continue it with that version, or start a new run"
+    )
+    with pytest.raises(UserError, match=sentence) as caught:
+        engine(one_stage(linear()))
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
+
+
+def test_what_is_cached_in_another_layout_is_not_found(engine, tmp_path, monkeypatch):
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    made = []
+
+    def stages(self, run):
+        yield Compute("outputs", lambda _: made.append(0) or 1, key="outputs")
+        return (yield from teaching()(self, run))
+
+    def cached():
+        return [len(list((tmp_path / "cache" / kind).iterdir())) for kind in ("computes", "runs")]
+
+    engine(stages, name="a")
+    engine(stages, name="b")
+    assert (made, cached()) == ([0], [1, 1])
+    monkeypatch.setattr(run_module, "LAYOUT", LAYOUT + 1)
+    engine(stages, name="c")
+    assert (made, cached()) == ([0, 0], [2, 2])
 
 
 # 13. Precision --------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_two_runs_at_once_share_a_cache_without_harm(tmp_path):
     recipe = ["run", "sinkd", "epochs=1", "teacher.epochs=2", "cache_teacher=true", "run.device=cpu"]
     programs = [
         subprocess.Popen(
-            [sys.executable, "-m", "stillhouse.cli", *recipe, "--out", name],
+            [sys.executable, "-m", "stillhouse", *recipe, "--out", name],
             cwd=tmp_path,
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -99,3 +99,56 @@ def test_a_full_disk_is_said_and_the_last_good_checkpoint_stays(small_disk):
         write_tree(small_disk / "good", {"weight": torch.zeros(2_000_000)})
     assert torch.equal(read_tree(small_disk / "good")["weight"], torch.ones(1000))
     assert [path.name for path in small_disk.iterdir()] == ["good"], "nothing half written is left"
+
+
+# What processes must agree on: see together.py -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    home = tmp_path_factory.mktemp("together")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(Path(__file__).with_name("together.py")), str(home)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home
+
+
+@pytest.mark.parametrize("name", ["unequal", "straight", "resumed"])
+def test_all_processes_end_with_the_same_modules(together, name):
+    first, second = (load_file(together / f"{name}.{rank}.safetensors") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+def test_modules_start_as_the_main_process_made_them(together):
+    state = load_file(together / "unequal.1.safetensors")
+    torch.manual_seed(100)
+    torch.nn.Linear(4, 3)
+    assert torch.equal(state["teacher.weight"], torch.nn.Linear(4, 3).weight)
+    assert state["odd.flag"].tolist() == [True, True, False]
+    assert state["odd.count"] == 0
+    assert state["odd.waves"][0, 0] == 1j
+    assert torch.equal(state["odd.brief"], torch.full((3, 2), 0.5, dtype=torch.bfloat16))
+
+
+def test_the_main_process_names_what_is_cached(together):
+    for kind in ("computes", "runs"):
+        assert len(list((together / "cache" / kind).iterdir())) == 1
+
+
+def test_processes_with_batch_norm_resume_exactly(together):
+    rows = (together / "straight" / "metrics.jsonl").read_bytes()
+    assert (together / "resumed" / "metrics.jsonl").read_bytes() == rows
+    straight, resumed = (load_file(together / f"{name}.0.safetensors") for name in ("straight", "resumed"))
+    for key in straight:
+        assert torch.equal(straight[key], resumed[key]), key
+    assert straight["net.1.num_batches_tracked"] > 0
+
+
+def test_a_long_computation_is_waited_for_and_a_hang_in_training_is_found(together):
+    assert (together / "slow" / "metrics.json").exists()
+    # A process that keeps the others waiting within a collective of the training is still found after its time-out.
+    assert [json.loads((together / f"hang.{rank}.json").read_text()) for rank in (0, 1)] == [True, True]

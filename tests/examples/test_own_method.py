@@ -25,7 +25,7 @@ def environment(tmp_path_factory):
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "stillhouse.cli", *arguments]
+    return [sys.executable, "-m", "stillhouse", *arguments]
 
 
 def test_the_example_is_short():

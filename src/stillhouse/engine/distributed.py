@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -15,6 +18,12 @@ from stillhouse.errors import UserError
 
 T = TypeVar("T")
 
+PATIENCE = timedelta(weeks=1)
+"""How long processes wait for what one of them does alone: a computation, a lock that another run holds, a large file."""
+
+BUCKET = 2**26
+"""Elements in one message where whole modules are sent."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -24,11 +33,14 @@ class World:
         rank: number of this process, from 0.
         size: number of processes.
         device: where this process trains.
+        patient: the same processes as a group that waits for :data:`PATIENCE`. The others keep the launcher's time-out,
+            so that a process that hangs in training is found.
     """
 
     rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def start(cls, device: str = "auto") -> World:
@@ -46,7 +58,8 @@ class World:
             from accelerate import PartialState
 
             state = PartialState(cpu=device == "cpu")
-            return cls(state.process_index, state.num_processes, torch.device(state.device))
+            patient = _patient(dist.group.WORLD)
+            return cls(state.process_index, state.num_processes, torch.device(state.device), patient)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return cls(0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
@@ -116,18 +129,38 @@ class World:
             for gradient, piece in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
                 gradient.copy_(piece.view_as(gradient))
 
+    def align(self, tensors: Iterable[Tensor]) -> None:
+        """Write the main process's values into ``tensors``, in place, in flat messages by data type.
+
+        Every process must pass the same shapes in the same order.
+        """
+        if self.size == 1:
+            return
+        buckets: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+        counts: Counter[torch.dtype] = Counter()
+        for tensor in tensors:
+            buckets.setdefault((tensor.dtype, counts[tensor.dtype] // BUCKET), []).append(tensor.detach())
+            counts[tensor.dtype] += tensor.numel()
+        for same in buckets.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in same])
+            # As bytes: not every back end sends every data type.
+            dist.broadcast(flat.view(torch.uint8), src=0)
+            if not self.is_main:
+                for tensor, piece in zip(same, torch.split(flat, [t.numel() for t in same]), strict=True):
+                    tensor.copy_(piece.view(tensor.shape))
+
     def from_main(self, value: T) -> T:
-        """The main process's value, in every process."""
+        """The main process's value, in every process; waits for it as long as it takes."""
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]
 
     def barrier(self) -> None:
-        """Wait for all processes."""
+        """Wait for all processes, as long as it takes."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.patient)
 
     def any(self, flag: bool) -> bool:
         """True in every process when it is true in one."""
@@ -148,3 +181,10 @@ class World:
         box: list[T | None] = [None] * self.size
         dist.all_gather_object(box, value)
         return next((one for one in box if one is not None), None)
+
+
+@lru_cache(maxsize=1)
+def _patient(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """One such group per set of processes, however often a world is started: groups hold sockets and threads."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return group

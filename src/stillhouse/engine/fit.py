@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,8 @@ class Fit:
         self.state_names = [n for n, m in stage.modules.items() if not isinstance(m, Held)]
         for module in self.modules.values():
             module.to(device)
+        # A module that was drawn unseeded, or loaded from another file, is what the main process has.
+        run.world.align(_once(t for m in self.modules.values() for t in (*m.parameters(), *m.buffers())))
         self.parts: list[tuple[str, Any]] = [
             (n, self.modules[n]) for n in self.state_names if hasattr(self.modules[n], "after_step")
         ]
@@ -78,11 +80,10 @@ class Fit:
             nullcontext if precision == "float32" else lambda: torch.autocast(device.type, DTYPES[precision])
         )
 
-    def train(self) -> Trained:
-        """Train from the newest checkpoint (or from the start) to the end, or load the end state."""
+    def train(self, end: dict[str, Any] | None) -> Trained:
+        """Load the end state, or train from the newest checkpoint (or from the start) to the end."""
         with self._held():
             self.prints = self._fingerprints()
-            end = self.checkpoints.finished()
             if end is None:
                 self._train()
                 self._end()
@@ -150,9 +151,10 @@ class Fit:
                     f"stage {self.stage.name!r}: the module {name!r} is held frozen and was changed during the stage; "
                     "hold what moves as a module of the stage."
                 )
+        state = self._state()
         if self.run.world.is_main:
             self.run.directory.flush()
-            self.checkpoints.finish(self._state())
+            self.checkpoints.finish(state)
         self.run.world.barrier()
 
     def _fingerprints(self) -> dict[str, str]:
@@ -187,6 +189,9 @@ class Fit:
         for name, part in self.parts:
             run.place("after", name)
             part.after_step(run)
+        if self.owners and run.world.size > 1:
+            # Each process saw other samples; its batch norm goes on with what the main process has, as it is stored.
+            run.world.align(_once(self._buffers()))
         for average in self.averages.values():
             average.update()
 
@@ -265,6 +270,7 @@ class Fit:
             self.modules[name].load_state_dict(state[name])
 
     def _state(self) -> dict[str, Any]:
+        """What a resumed stage needs; all processes must ask for it together."""
         self.recorder.flush()
         return {
             "step": self.step,
@@ -298,9 +304,10 @@ class Fit:
 
     def _save(self) -> None:
         self._check_late()
+        state = self._state()
         if self.run.world.is_main:
             self.run.directory.flush()
-            self.checkpoints.save(self.step, self._state())
+            self.checkpoints.save(self.step, state)
         self.run.world.barrier()
 
     @contextmanager
@@ -582,12 +589,14 @@ class Turn:
         return row
 
     def state(self) -> dict[str, Any]:
-        """Everything of this update that a resumed run needs."""
+        """Everything of this update that a resumed run needs; the sums of a term are those of all processes, by rank."""
+        world = self.fit.run.world
+        sums = world.gather(torch.stack(list(self.sums.values()))[None]).T if self.sums else ()
         return {
             "firings": self.firings,
             "optimizers": {name: optimizer.state_dict() for name, *_, optimizer in self.groups},
             "scaler": self.scaler.state_dict() if self.scaler else None,
-            "sums": self.sums,
+            "sums": dict(zip(self.sums, sums, strict=True)),
             "scales": self.scales,
             "counts": self.counts,
             "reached": self.reached,
@@ -597,7 +606,10 @@ class Turn:
         """Put back what :meth:`state` gave."""
         self.firings, self.reached = state["firings"], state["reached"]
         self.scales, self.counts = state["scales"], state["counts"]
-        self.sums = {name: value.to(self.fit.device) for name, value in state["sums"].items()}
+        rank, size = self.fit.run.world.rank, self.fit.run.world.size
+        for name, sums in state["sums"].items():
+            # Where other processes took over, each has the mean, which is what the log averages to.
+            self.sums[name] = (sums[rank] if len(sums) == size else sums.mean()).to(self.fit.device)
         for name, *_, optimizer in self.groups:
             optimizer.load_state_dict(state["optimizers"][name])
         if self.scaler is not None:
@@ -711,6 +723,11 @@ def _flag_non_finite(gradients: list[Tensor], found: Tensor, one: Tensor) -> Non
         if dtype.is_complex:
             same = [torch.view_as_real(gradient) for gradient in same]
         torch._amp_foreach_non_finite_check_and_unscale_(same, found, one)
+
+
+def _once(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Each tensor once, in order, also where modules share it."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def _copied(tensors: list[Tensor], into: list[Tensor]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stillhouse.data import Data
 from stillhouse.engine.cache import cache_directory
-from stillhouse.engine.checkpoint import Checkpoints
+from stillhouse.engine.checkpoint import LAYOUT, Checkpoints
 from stillhouse.engine.distributed import World
 from stillhouse.engine.fit import Fit
 from stillhouse.engine.method import Method
@@ -128,6 +128,9 @@ class Run:
         self.stage, self.step, self.steps, self.per_epoch, self.offset = "", 0, 1, 1, 0
         self._place: tuple[Any, ...] = ()
         self._draws = 0
+        self._yields: list[list[dict[str, Any]]] = []
+        self._at = (0, 0)
+        self._alone = False
         self._given_data = data
         self._trackers: Trackers | None = None
 
@@ -225,7 +228,7 @@ class Run:
 
     def _execute(self) -> Result:
         names: dict[str, int] = {}
-        yields: list[Any] = self.directory.read("checkpoints/yields.json") or []
+        self._yields = self._recorded()
         ambient = Ambient()
         cost: dict[str, float] = self.directory.read("cost.json") or {}
         if self.world.is_main:
@@ -244,7 +247,7 @@ class Run:
                     break
                 ambient.check()
                 started = time.monotonic()
-                reply = self._handle(item, index, names, yields)
+                reply = self._handle(item, index, names)
                 label = "+".join(name for name, at in names.items() if at == index)
                 cost[label] = cost.get(label, 0.0) + time.monotonic() - started
                 index += 1
@@ -261,7 +264,24 @@ class Run:
         self.world.barrier()
         return result
 
-    def _handle(self, item: Yield, index: int, names: dict[str, int], yields: list[Any]) -> Any:
+    def _recorded(self) -> list[list[dict[str, Any]]]:
+        """The yields that were recorded so far.
+
+        Raises:
+            UserError: they were recorded by a version that stores another layout.
+        """
+        yields, layout = self.world.from_main(
+            (self.directory.read("checkpoints/yields.json"), self.directory.read("checkpoints/layout.json"))
+        )
+        if yields and layout != LAYOUT:
+            raise UserError(
+                f"{self.directory.path}: this run was started by a version of stillhouse that stores its state in another "
+                f"form (layout {layout or 1}, here {LAYOUT}); continue it with that version, or start a new run."
+            )
+        self.directory.write("checkpoints/layout.json", LAYOUT)
+        return yields or []
+
+    def _handle(self, item: Yield, index: int, names: dict[str, int]) -> Any:
         items: list[Any] = list(item) if isinstance(item, Iterable) else [item]
         for one in items:
             if not isinstance(one, Stage | Later | Compute | SubRun):
@@ -270,14 +290,39 @@ class Run:
                 raise UserError(f"two yields are named {one.name!r}; names must be unique in a run.")
             names[one.name] = index
         signature = [one.signature() for one in items]
-        if index < len(yields):
-            self._compare(yields[index], signature, f"yield {index}")
-        if index >= len(yields):
-            yields.append(signature)
-            if self.world.is_main:
-                write_text(self.directory.path / "checkpoints" / "yields.json", json.dumps(yields))
-        replies = [self._one(one) for one in items]
+        if index < len(self._yields):
+            self._compare(self._yields[index], signature, f"yield {index}")
+        else:
+            self._yields.append(signature)
+            self._record_yields()
+        replies = []
+        for place, one in enumerate(items):
+            self._at = index, place
+            replies.append(self._one(one))
         return replies if isinstance(item, Iterable) else replies[0]
+
+    def _record_yields(self) -> None:
+        if self.world.is_main:
+            write_text(self.directory.path / "checkpoints" / "yields.json", json.dumps(self._yields))
+
+    def _forget_later(self) -> None:
+        """Forget what came after the stage at hand, which has no end state (any more).
+
+        So a run whose earlier stage was damaged goes on as if it had been interrupted there: the log is cut back to that
+        stage and every later row is written again. Killed on the way, it finds no end state and comes here again.
+        """
+        if self._alone:
+            return
+        index, place = self._at
+        names = [[one["name"] for one in signature] for signature in self._yields]
+        before = [name for group in names[:index] for name in group] + names[index][: place + 1]
+        after = names[index][place + 1 :] + [name for group in names[index + 1 :] for name in group]
+        self.directory.forget(after, keep=before)
+        if len(self._yields) > index + 1:
+            del self._yields[index + 1 :]
+            self._record_yields()
+        # From here on this process writes all there is.
+        self._alone = True
 
     def _compare(self, was: list[Any], now: list[Any], what: str) -> None:
         if was != now:
@@ -307,15 +352,21 @@ class Run:
                 return self._sub_run(item)
 
     def _train(self, stage: Stage) -> Trained:
-        checkpoints = Checkpoints(self.directory.path / "checkpoints" / stage.name, self.listener.say)
+        checkpoints = Checkpoints(self.directory.path / "checkpoints" / stage.name, self.world, self.listener.say)
+        end = checkpoints.finished()
+        if end is None:
+            self._forget_later()
+            checkpoints.reopen()
         self._fit = Fit(stage, self, checkpoints)
-        return self._fit.train()
+        return self._fit.train(end)
 
     def _compute(self, item: Compute) -> Any:
         if item.key is not None and self.cache:
-            home = cache_directory() / "computes" / hashlib.sha256(item.key.encode()).hexdigest()[:24]
+            home = cache_directory() / "computes" / hashlib.sha256(f"{LAYOUT} {item.key}".encode()).hexdigest()[:24]
         else:
             home = self.directory.path / "checkpoints" / item.name
+        # A key may name what differs between processes, such as data that each of them loaded.
+        home = self.world.from_main(home)
         home.mkdir(parents=True, exist_ok=True)
         if self.world.is_main:
             with FileLock(home / ".lock"):
@@ -344,8 +395,9 @@ class Run:
     def _sub_run(self, item: SubRun) -> Result:
         data = item.data if item.data is not None else item.method.data.load()
         home = self.directory.path / "subruns" / item.name
-        if self.cache:
+        if self.cache and self.world.is_main:
             home = cache_directory() / "runs" / f"{item.method.name}-{self._key(item, data)}"
+        home = self.world.from_main(home)
         directory = RunDirectory(home, writes=self.world.is_main)
         directory.lock(wait=True)
         # The others look into the directory as well: not before it is this run's turn.
@@ -368,6 +420,7 @@ class Run:
 
     def _key(self, item: SubRun, data: Data) -> str:
         parts = {
+            "layout": LAYOUT,
             "method": item.method.name,
             "fields": item.method.digest(),
             "data": data.fingerprint,

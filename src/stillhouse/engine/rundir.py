@@ -6,7 +6,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,20 @@ class RunDirectory:
             self._log.truncate(offset)
             self._log.seek(0, os.SEEK_END)
             self.rows = (self.path / "metrics.jsonl").read_bytes().count(b"\n")
+
+    def forget(self, names: Iterable[str], keep: Iterable[str]) -> None:
+        """Remove what the yields ``names`` stored, and that the run has ended; what the yields ``keep`` stored stays."""
+        if not self.writes:
+            return
+        (self.path / "metrics.json").unlink(missing_ok=True)
+        keep = list(keep)
+        for name in names:
+            # Names may nest: the folder of the yield 'a' also holds that of the yield 'a/b'.
+            kept = {other[len(name) + 1 :].partition("/")[0] for other in keep if other.startswith(f"{name}/")}
+            for root, pattern in (("checkpoints", "*"), ("records", "*/")):
+                for path in (self.path / root / name).glob(pattern):
+                    if path.name not in kept:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def finished(self) -> bool:
         """True when the run has ended and its result was written."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator
 from functools import partial
 from importlib.util import find_spec
@@ -137,13 +136,14 @@ class Condensation(Method):
             f"{number}-{spec.kind}": spec for number, spec in enumerate(self.eval_architectures)
         }
         nets: dict[str, list[nn.Module]] = {key: [] for key in specs}
-        steps = self.eval_epochs * max(1, math.ceil(len(distilled) / self.eval_batch_size))
+        # The processes share a batch.
+        size = max(1, min(self.eval_batch_size, len(distilled)) // run.world.size)
+        batches = split.batches(size, drop_last=False)
+        steps = self.eval_epochs * batches.per_epoch(run.world.size)
 
         def build(key: str, spec: ModelSpec, stage: str) -> Stage:
             net = spec.build(facts)
             nets[key].append(net)
-            size = min(self.eval_batch_size, len(distilled))
-            batches = split.batches(size, drop_last=False)
             update = Update(self.train_loss, {"net": self.eval_optimizer})
             return Stage(stage, {"net": net}, [update], steps=steps, batches=batches)
 
