@@ -13,6 +13,7 @@ from torch.func import functional_call
 from stillhouse import losses
 from stillhouse.data import ObjectData
 from stillhouse.engine import Method, Paper, Result, Run, RunDirectory, Settings, Stage, Update, World, adamw, sgd
+from stillhouse.methods.language.sinkd import SinKD
 
 
 class Case(Method):
@@ -68,19 +69,42 @@ class Case(Method):
         return Result(artefacts={"net": net, "critic": critic}, metrics={"world": float(run.world.size)})
 
 
+def sinkd(batch_size: int, data, *, gather: bool) -> SinKD:
+    """The real method, with the Sinkhorn term strong enough to see; a student that learns by SGD."""
+    torch.manual_seed(0)
+    teacher, student = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    return SinKD(
+        data=data,
+        teacher=teacher,
+        student=student,
+        optimizer=sgd(0.1, clip_norm=1.0),
+        batch_size=batch_size,
+        epochs=6,
+        evaluations=1,
+        weight_sinkhorn=0.2,
+        gather=gather,
+        compare_alone=False,
+    )
+
+
 def main() -> None:
     torch.set_num_threads(1)
     home, batch_size = Path(sys.argv[1]), int(sys.argv[3])
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 4, generator=generator)
     y = (x.sum(1) > 0).long() + (x[:, 0] > 1).long()
-    data = ObjectData.from_object((x, y)).load()
+    spec = ObjectData.from_object((x, y))
+    data = spec.load()
     world = World.start("cpu")
     for case in sys.argv[2].split(","):
         directory = RunDirectory(home / case, writes=world.is_main)
         directory.lock()
         settings = Settings(device="cpu", log_every=5)
-        run = Run(Case(case=case, batch_size=batch_size), directory, seed=0, settings=settings, data=data, world=world)
+        if case in ("sinkd", "sinkd-apart"):
+            method: Method = sinkd(batch_size, spec, gather=case == "sinkd")
+        else:
+            method = Case(case=case, batch_size=batch_size)
+        run = Run(method, directory, seed=0, settings=settings, data=data, world=world)
         result = run.execute()
         if world.is_main:
             state = {f"{n}.{k}": v.contiguous() for n, m in result.artefacts.items() for k, v in m.state_dict().items()}

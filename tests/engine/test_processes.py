@@ -17,14 +17,17 @@ PROGRAM = Path(__file__).with_name("processes.py")
 CASES = ["persample", "coupled", "submodule", "functional", "masked", "noisy", "two"]
 
 
+SINKD = ["sinkd", "sinkd-apart"]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for command in (
-        [sys.executable, PROGRAM, one, ",".join(CASES), "16"],
-        [*launch, PROGRAM, two, ",".join(CASES), "8"],
+        [sys.executable, PROGRAM, one, ",".join(CASES + SINKD), "16"],
+        [*launch, PROGRAM, two, ",".join(CASES + SINKD), "8"],
     ):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -54,6 +57,25 @@ def test_the_log_is_written_once_and_means_the_global_batch(trained, case):
         assert single.keys() == double.keys()
         for key, value in single.items():
             assert double[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6))
+
+
+def test_sinkd_that_gathers_equals_one_process_with_the_doubled_batch(trained):
+    """The method itself, from its teacher to its table; without ``gather`` each process transports within its own half."""
+    one, two = ({case: load_file(home / f"{case}.safetensors") for case in SINKD} for home in trained)
+    for name, alone in one["sinkd"].items():
+        torch.testing.assert_close(two["sinkd"][name], alone, rtol=1e-5, atol=1e-6)
+        assert torch.equal(one["sinkd-apart"][name], alone), "a single process has nothing to gather"
+    assert not torch.allclose(two["sinkd-apart"]["student.0.weight"], one["sinkd"]["student.0.weight"], atol=1e-4)
+    single, double = (
+        [json.loads(line) for line in (home / "sinkd" / "metrics.jsonl").read_text().splitlines()] for home in trained
+    )
+    assert len(single) == len(double)
+    assert any("sinkhorn/row_deviation" in row for row in single)
+    for row, other in zip(single, double, strict=True):
+        assert other == {k: v if isinstance(v, str) else pytest.approx(v, rel=1e-4, abs=1e-6) for k, v in row.items()}
+    for case, over in (("sinkd", "all processes together"), ("sinkd-apart", "each process on its own")):
+        notes = " ".join(json.loads((trained[1] / case / "result" / "tables.json").read_text())["notes"])
+        assert f"the samples of {over} (2 processes, 8 samples in each)" in notes
 
 
 def test_two_runs_at_once_share_a_cache_without_harm(tmp_path):

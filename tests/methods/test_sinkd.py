@@ -1,6 +1,7 @@
-"""SinKD and its base over the engine: the terms, the switches, the sequence forms, bad input, the cache."""
+"""SinKD and its base over the engine: the terms, the switches, bad input, the cache. Sequences: test_sequences.py."""
 
 import hashlib
+import json
 
 import pytest
 import torch
@@ -8,12 +9,12 @@ import torch.nn.functional as F
 
 import stillhouse as sh
 from stillhouse import losses
-from stillhouse.data import Batch, load_data
+from stillhouse.data import load_data
 from stillhouse.engine import Modules, Run, RunDirectory
 from stillhouse.errors import UserError
 from stillhouse.front import run_recipe
 from stillhouse.methods.knowledge.kd import KD
-from stillhouse.methods.language.sinkd import SinKD, transport_over_positions
+from stillhouse.methods.language.sinkd import SinKD
 from stillhouse.models import fingerprint
 from stillhouse.recipe import load_recipe
 
@@ -76,7 +77,7 @@ def test_the_temperature_anneals_by_epoch(run):
     for step, temperature in ((0, 4.0), (9, 4.0), (10, 2.5), (29, 1.0)):
         r.enter("student", step, 30, per_epoch=10)
         expected = losses.soft_cross_entropy(student, teacher, temperature)
-        torch.testing.assert_close(method.per_sample(student, teacher, batch, r), expected)
+        torch.testing.assert_close(method.per_sample(student, teacher, None, r), expected)
 
 
 @pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "js", "tv"])
@@ -85,7 +86,7 @@ def test_other_divergences_come_from_the_same_path(run, divergence):
     m, batch = modules_and_batch()
     student, teacher = m.student(batch["pixel_values"]), m.teacher(batch["pixel_values"])
     expected = losses.DIVERGENCES[divergence](student, teacher, 2.0, scale_by_temperature_squared=False)
-    torch.testing.assert_close(method.per_sample(student, teacher, batch, run(method)), expected)
+    torch.testing.assert_close(method.per_sample(student, teacher, None, run(method)), expected)
 
 
 def test_several_teachers_are_averaged(run):
@@ -106,60 +107,53 @@ def test_different_outputs_name_both_numbers(run):
         terms(method, run(method), m, batch)
 
 
-class FakeLM(torch.nn.Module):
-    """Logits per position."""
-
-    def __init__(self, vocabulary=11):
-        super().__init__()
-        self.table = torch.nn.Embedding(vocabulary, vocabulary)
-
-    def forward(self, input_ids):
-        return self.table(input_ids)
-
-
-@pytest.fixture
-def language_run(run):
-    from stillhouse.facts import Facts
-
-    class Language:
-        facts = Facts({"input_ids": (6,)}, task="language")
-
-    method = SinKD(**SMALL)
-    r = run(method)
-    r.__dict__["data"] = Language()
-    return method, r
+def test_the_teacher_is_asked_once_a_loss(run):
+    """And not at all by a loss that takes nothing from it."""
+    for method in (SinKD(**SMALL), KD(**SMALL)):
+        m, batch = modules_and_batch()
+        asked = []
+        m.teacher.register_forward_hook(lambda *_, asked=asked: asked.append(1))
+        losses_ = method.loss(m, batch, run(method))
+        losses_["ce"]()
+        assert not asked
+        for term in losses_.values():
+            term()
+        assert len(asked) == 1
 
 
-def test_sequences_use_labelled_positions_shifted_for_causal_models(language_run):
-    method, r = language_run
-    torch.manual_seed(0)
-    m = Modules(teacher=FakeLM(), student=FakeLM())
-    ids = torch.randint(0, 11, (3, 6))
-    labels = ids.clone()
-    labels[:, :3] = -100
-    batch = Batch(input_ids=ids, labels=labels)
-    student, teacher = m.student(ids), m.teacher(ids).detach()
-    keep = labels[:, 1:] != -100
-    expected = losses.sinkhorn_distance(student[:, :-1][keep], teacher[:, :-1][keep], reduction="sum")
-    torch.testing.assert_close(method.transport(student, teacher, batch, r), expected)
-    with pytest.raises(UserError, match="0 valid positions"):
-        method.transport(student, teacher, Batch(input_ids=ids, labels=torch.full_like(ids, -100)), r)
+def test_the_log_says_how_far_the_rows_of_the_plan_are_from_their_mass(tmp_path):
+    settings = {"log_every": 7, "threads": 1}
+    result = sh.distil("sinkd", **SMALL, compare_alone=False, num_iterations=1, out=tmp_path / "run", settings=settings)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = {row["step"]: row["sinkhorn/row_deviation"] for row in rows if "sinkhorn/row_deviation" in row}
+    assert set(found) == {row["step"] for row in rows if "loss/sinkhorn" in row} > {7, 14}
+    assert all(0 < value < 40 for value in found.values())
+    assert "the Sinkhorn term was taken over the samples of each process on its own (1 process" in " ".join(
+        result.notes
+    )
+    settled = sh.distil("sinkd", **SMALL, compare_alone=False, epsilon=5, out=tmp_path / "settled", settings=settings)
+    rows = [json.loads(line) for line in (tmp_path / "settled" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["sinkhorn/row_deviation"] < 1e-4 for row in rows if "sinkhorn/row_deviation" in row)
+    assert settled.metrics
 
 
-def test_variant_code_is_the_released_sequence_form(language_run):
-    method, r = language_run
-    torch.manual_seed(0)
-    student, teacher = torch.randn(3, 6, 11, requires_grad=True), torch.randn(3, 6, 11)
-    p, q = F.softmax(student / 2, 1), F.softmax(teacher / 2, 1)
-    cost = torch.cdist(p, q, p=1)
-    plan = torch.exp(-cost / 0.1)
-    for _ in range(20):
+def test_the_logged_deviation_is_that_of_the_plan(run):
+    method = SinKD(**SMALL, num_iterations=2)
+    m, batch = modules_and_batch()
+    r, said = run(method), []
+    r.log = said.append
+    r.enter("student", 3, 100)
+    terms(method, r, m, batch)
+    assert not said
+    r.enter("student", 49, 100)
+    terms(method, r, m, batch)
+    p, q = (F.softmax(net(batch["pixel_values"]) / 2, -1) for net in (m.student, m.teacher))
+    plan = torch.exp(-torch.cdist(p, q, p=1) / 0.1).detach()
+    for _ in range(2):
         plan = plan / plan.sum(1, keepdim=True)
         plan = plan / plan.sum(0, keepdim=True)
-    found = transport_over_positions(student, teacher, 2.0, 0.1, 20, "sum")
-    torch.testing.assert_close(found, (plan * cost).sum())
-    code = method.model_copy(update={"variant": "code"})
-    torch.testing.assert_close(code.transport(student, teacher, Batch(labels=torch.zeros(3, 6)), r), found)
+    expected = pytest.approx(float((plan.sum(1) - 1).abs().max()), abs=1e-5)
+    assert said == [{"stage": "student", "step": 50, "sinkhorn/row_deviation": expected}]
 
 
 def state_digest(module):
@@ -185,12 +179,30 @@ def test_distil_takes_the_users_own_modules_and_tensors():
     assert 0 <= result.metrics["test/accuracy"] <= 1
 
 
-def test_regression_has_no_transport_and_matches_targets():
+@pytest.mark.parametrize("method", ["sinkd", "kd"])
+def test_regression_matches_the_teachers_outputs_and_says_so(method, tmp_path):
     torch.manual_seed(0)
     x = torch.randn(200, 5)
-    y = x.sum(1)
-    result = sh.distil("sinkd", teacher=torch.nn.Linear(5, 1), student=torch.nn.Linear(5, 1), data=(x, y), epochs=1)
+    teacher, student = torch.nn.Linear(5, 1), torch.nn.Linear(5, 1)
+    fields = {"epochs": 60, "optimizer": {"lr": 3e-2}, "weight_ce": 0.0, "compare_alone": False}
+    data = (x, x.sum(1))
+    result = sh.distil(method, teacher=teacher, student=student, data=data, out=tmp_path / "run", **fields)
     assert "test/mse" in result.metrics
+    torch.testing.assert_close(result.student(x), teacher(x), rtol=0, atol=1e-2)
+    said = {"sinkd": "the Sinkhorn term was left out", "kd": "the soft term is the squared error"}[method]
+    assert said in " ".join(result.notes)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    term = {"sinkd": "loss/kd", "kd": "loss/soft"}[method]
+    assert next(row[term] for row in logged if term in row) > 0.01
+    assert not any("sinkhorn" in key for row in logged for key in row)
+
+
+def test_the_squared_error_between_regressors_is_exact(run):
+    from stillhouse.methods.distillation import output_error
+
+    a, b = torch.tensor([[1.0], [4.0]]), torch.tensor([3.0, 4.0])
+    assert output_error(a, b) == 2.0
+    assert output_error(a, b, 2.0) == 0.5
 
 
 def test_cached_teacher_outputs_train_the_same_student(tmp_path):

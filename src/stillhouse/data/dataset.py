@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
@@ -261,6 +262,17 @@ class Data:
     fingerprint: str
     scale: PixelScale | None = None
 
+    def described(self) -> dict[str, Any]:
+        """What somebody needs to know who feeds a model of this data, as plain values: inputs, classes, pixels."""
+        told: dict[str, Any] = {"data": self.name, "task": self.facts.task}
+        told["inputs"] = {name: list(shape) for name, shape in self.facts.inputs.items()}
+        if self.facts.class_names:
+            told["class_names"] = list(self.facts.class_names)
+        if self.scale is not None and not self.scale.given:
+            low, high = self.scale.low, self.scale.low + self.scale.span
+            told["pixels"] = {"black": low, "white": high, "mean": list(self.scale.mean), "std": list(self.scale.std)}
+        return told
+
     def split(self, name: str) -> Split:
         """The split of that name.
 
@@ -271,6 +283,22 @@ class Data:
             there = ", ".join(repr(split) for split in self.splits)
             raise UserError(f"The data set {self.name!r} has no split {name!r}; it has {there}.")
         return self.splits[name]
+
+    @cached_property
+    def next_token(self) -> bool:
+        """Whether these are texts to go on with: token ids without labels, or whose labels are the ids themselves.
+
+        That is what a model that does not say what it predicts is to be trained for; labels that differ from the ids (of a
+        tagger, or already shifted) are predicted where they stand. Seen from the first samples.
+        """
+        train = self.split("train")
+        if self.facts.task != "language" or not len(train):
+            return False
+        batch = train.batch(range(min(64, len(train))))
+        ids, labels = batch.get("input_ids"), batch.get("labels")
+        if ids is None or labels is None:
+            return ids is not None
+        return labels.shape == ids.shape and bool(((labels == ids) | (labels == -100)).all())
 
     def to_unit(self, pixels: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n channels height width"]:
         """A model's pixels as pictures in [0, 1], clipped.

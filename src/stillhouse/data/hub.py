@@ -230,7 +230,7 @@ class HubData(HubFields):
         try:
             import datasets
         except ImportError:
-            raise UserError("Hub data sets need datasets: pip install 'stillhouse[knowledge]'.") from None
+            raise UserError("Hub data sets need datasets: pip install 'stillhouse[hub]'.") from None
         local = Path(self.path).expanduser()
         try:
             if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():

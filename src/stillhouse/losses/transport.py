@@ -428,13 +428,14 @@ def select_positions(
     *,
     ignore_index: int = -100,
     max_positions: int | None = 512,
+    allow_none: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, "selected classes"], Float[Tensor, "selected classes"]]:
     """Gather the logits of a sequence model at its labelled positions, for losses that couple samples.
 
     The same positions are taken on both sides, in their order; of more than ``max_positions`` a uniform sample without
-    replacement. The labels say only which positions count and must already stand where their logits do (causal models:
-    shifted).
+    replacement. The labels say only which positions count and must already stand where their logits do, which
+    :func:`stillhouse.models.targets` sees to.
 
     Args:
         student_logits: logits, typically (batch, length, vocabulary).
@@ -442,13 +443,15 @@ def select_positions(
         labels: the label of each position.
         ignore_index: label of the positions to leave out.
         max_positions: the most positions to keep, since the costs grow with their square; ``None`` keeps all.
+        allow_none: whether nothing may be labelled; then nothing is selected.
         generator: draws the sample; the global generator of the labels' device when not given.
 
     Returns:
         The selected logits of student and teacher, in their own precision; gradients flow back to both.
 
     Raises:
-        UserError: shapes do not match, ``max_positions`` is below 1, or no position is labelled.
+        UserError: shapes do not match, ``max_positions`` is below 1, or no position is labelled and ``allow_none`` is
+            False.
 
     >>> logits = torch.arange(12.0).view(1, 4, 3)
     >>> student, teacher = select_positions(logits, -logits, torch.tensor([[-100, 5, -100, 7]]))
@@ -466,7 +469,7 @@ def select_positions(
     if max_positions is not None and max_positions < 1:
         raise UserError(f"{where}: max_positions is at least 1, not {max_positions}.")
     chosen = (labels != ignore_index).flatten().nonzero().squeeze(1)
-    if len(chosen) == 0:
+    if len(chosen) == 0 and not allow_none:
         raise UserError(
             f"{where}: labels has 0 valid positions of {labels.numel()} (all are ignore_index = {ignore_index}), but "
             "at least 1 is needed."

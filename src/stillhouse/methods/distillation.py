@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -28,10 +29,11 @@ from stillhouse.engine import (
     measuring,
 )
 from stillhouse.errors import UserError
-from stillhouse.methods.supervised import Supervised, TrainingFields, quality
+from stillhouse.losses.divergences import Divergence
+from stillhouse.methods.supervised import Supervised, TrainingFields, placed, quality, rows_at_once, sequences
 from stillhouse.methods.teacher import TeacherSpec
-from stillhouse.metrics import agreement, latency, mean_total_variation
-from stillhouse.models import ModelSpec, count_parameters, fingerprint, logits
+from stillhouse.metrics import agreement, latency, mean_total_variation, token_agreement
+from stillhouse.models import IGNORED, ModelSpec, count_parameters, fingerprint, logits
 
 
 class TeacherOutputs(nn.Module):
@@ -77,9 +79,13 @@ class KnowledgeDistillation(TrainingFields):
             found.append(module(batch.index) if isinstance(module, TeacherOutputs) else logits(module, batch).detach())
         return found
 
-    def over_teachers(self, m: Modules, batch: Batch, term: Callable[[Tensor], Tensor]) -> Tensor:
-        """The mean of a term over the teachers' logits."""
-        return torch.stack([term(teacher) for teacher in self.teacher_logits(m, batch)]).mean(0)
+    def asked_once(self, m: Modules, batch: Batch) -> Callable[[], list[Tensor]]:
+        """:meth:`teacher_logits` for the terms of one loss: computed when the first of them asks, and only then."""
+        return cache(lambda: self.teacher_logits(m, batch))
+
+    def notes(self, run: Run) -> list[str]:
+        """What a reader of the result should know about how the loss was taken on these data."""
+        return []
 
     def stages(self, run: Run) -> Stages:
         """Teachers, then the student, then what the table needs."""
@@ -107,7 +113,7 @@ class KnowledgeDistillation(TrainingFields):
             artefacts={"student": student},
             metrics={**trained.best, **measured["metrics"]},
             tables=[Table("Comparison", measured["columns"], measured["rows"])],
-            notes=notes + measured["notes"],
+            notes=notes + self.notes(run) + measured["notes"],
         )
 
     def _alone(self) -> Supervised:
@@ -126,11 +132,64 @@ class KnowledgeDistillation(TrainingFields):
         def compute(_: Path) -> dict[str, Tensor]:
             teacher.to(run.world.device)
             with measuring(teacher):
-                batches = run.data.split("train").in_order(512, device=run.world.device)
+                train = run.data.split("train")
+                language = run.data.facts.task == "language"
+                batches = sequences(train, run) if language else train.in_order(512, device=run.world.device)
                 return {"logits": torch.cat([logits(teacher, batch).cpu() for batch in batches])}
 
         stored = yield Compute(f"{name}-outputs", compute, key=key)
         return TeacherOutputs(stored["logits"])
+
+
+def over_teachers(teachers: Callable[[], list[Tensor]], term: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean of a term over the teachers' logits."""
+    return torch.stack([term(teacher) for teacher in teachers()]).mean(0)
+
+
+def positions(model: nn.Module, model_logits: Tensor, batch: Batch, run: Run) -> Tensor | None:
+    """The label of each position of a sequence model's logits, -100 where none counts; None for logits of samples."""
+    return placed(model, batch, run) if model_logits.dim() > 2 else None
+
+
+def soft_loss(
+    divergence: Divergence,
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    labels: Tensor | None,
+    run: Run,
+    *,
+    squared: bool,
+) -> Tensor:
+    """A divergence between two predictions: its mean over samples, or over the labelled positions of all processes.
+
+    Args:
+        divergence: what compares two predictions.
+        student: logits of the student.
+        teacher: logits of the teacher.
+        temperature: softmax temperature of both sides.
+        labels: what :func:`positions` gave.
+        run: the run.
+        squared: whether to multiply by the squared temperature.
+    """
+    if labels is None:
+        return divergence(student, teacher, temperature, scale_by_temperature_squared=squared)
+    counted = labels != IGNORED
+    rows = divergence(
+        student,
+        teacher,
+        temperature,
+        scale_by_temperature_squared=squared,
+        mask=counted,
+        reduction="none",
+        chunk=rows_at_once(student),
+    )
+    return run.mean(rows, counted)
+
+
+def output_error(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Between regressors, whose outputs are no distributions: the squared error of one's outputs to the other's."""
+    return F.mse_loss(student.squeeze(-1) / temperature, teacher.squeeze(-1) / temperature)
 
 
 def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict[str, Any]:
@@ -138,7 +197,8 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
     measured = "test" if "test" in run.data.splits else "validation"
     split = run.data.split(measured)
     main = "mse" if run.data.facts.task == "regression" else "accuracy"
-    example = {k: v[:1].cpu() for k, v in split.batch([0]).inputs.items()}
+    example = split.batch([0])
+    language = run.data.facts.task == "language"
     rows, metrics = [], {}
     for name, model in models.items():
         model.to(run.world.device)
@@ -151,9 +211,10 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
             )
         with measuring(model):
             model.cpu()
-            seconds = latency(partial(logits, model), Batch(example))
+            seconds = latency(partial(logits, model), example)
             model.to(run.world.device)
-        rows.append([name, numbers[main], count_parameters(model), round(1e3 * seconds, 4)])
+        shown = [numbers[main], numbers["perplexity"]] if language else [numbers[main]]
+        rows.append([name, *shown, count_parameters(model), round(1e3 * seconds, 4)])
     metrics[f"{measured}/{main}"] = metrics[f"{measured}/student/{main}"]
     notes = []
     if main == "accuracy" and metrics[f"{measured}/{teachers[0]}/accuracy"] < metrics[f"{measured}/student/{main}"]:
@@ -161,12 +222,23 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
     if "student-alone" in models and main == "accuracy":
         gain = metrics[f"{measured}/student/accuracy"] - metrics[f"{measured}/student-alone/accuracy"]
         notes.append(f"distillation changed the student's {measured} accuracy by {100 * gain:+.2f} points.")
-    columns = ["model", f"{measured} {main}", "parameters", "CPU latency (ms, one sample)"]
+    quantities = [main, "perplexity"] if language else [main]
+    columns = [
+        "model",
+        *(f"{measured} {quantity}" for quantity in quantities),
+        "parameters",
+        "CPU latency (ms, one sample)",
+    ]
     return {"metrics": metrics, "columns": columns, "rows": rows, "notes": notes}
 
 
 def _agreement(student: nn.Module, teacher: nn.Module, split: Any, run: Run) -> dict[str, float]:
     with measuring(student, teacher):
+        if run.data.facts.task == "language":
+            return token_agreement(
+                lambda batch: (logits(student, batch), logits(teacher, batch), placed(student, batch, run)),
+                sequences(split, run),
+            )
         batches = list(split.in_order(512, device=run.world.device))
         ours = torch.cat([logits(student, batch) for batch in batches])
         theirs = torch.cat([logits(teacher, batch) for batch in batches])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
@@ -29,8 +29,14 @@ from stillhouse.engine import (
     Weight,
     measuring,
 )
-from stillhouse.metrics import classification, regression
-from stillhouse.models import ModelSpec, count_parameters, logits
+from stillhouse.metrics import classification, regression, token_prediction
+from stillhouse.models import IGNORED, ModelSpec, count_parameters, logits, targets
+
+MONITORED: dict[str, tuple[str, Literal["max", "min"]]] = {"regression": ("mse", "min"), "language": ("nll", "min")}
+"""By which number the best weights are known, and whether it should be large or small; elsewhere the accuracy."""
+
+POSITIONS = 4096
+"""Positions of sequences that are measured at once: their logits are a vocabulary wide."""
 
 
 class TrainingFields(Method):
@@ -61,12 +67,12 @@ class TrainingFields(Method):
         steps = max(1, round(self.epochs * batches.per_epoch(run.world.size) / self.accumulate))
         evaluation = None
         if "validation" in run.data.splits:
-            regresses = run.data.facts.task == "regression"
+            monitor, mode = MONITORED.get(run.data.facts.task, ("accuracy", "max"))
             evaluation = Evaluation(
                 lambda m: _named("validation", quality(m[trained], run.data.split("validation"), run)),
                 every=max(1, steps // self.evaluations),
-                monitor="validation/mse" if regresses else "validation/accuracy",
-                mode="min" if regresses else "max",
+                monitor=f"validation/{monitor}",
+                mode=mode,
                 patience=self.patience,
             )
         return Stage(
@@ -96,7 +102,7 @@ class Supervised(TrainingFields):
 
     def loss(self, m: Modules, batch: Batch, run: Run) -> Losses:
         """Cross-entropy on class labels, squared error on targets."""
-        return {"ce": lambda: hard_loss(logits(m.model, batch), batch, run)}
+        return {"ce": lambda: hard_loss(m.model, logits(m.model, batch), batch, run)}
 
     def stages(self, run: Run) -> Stages:
         """One stage."""
@@ -118,18 +124,45 @@ class Supervised(TrainingFields):
         )
 
 
-def hard_loss(student_logits: Tensor, batch: Batch, run: Run) -> Tensor:
-    """The loss on what the batch is labelled with: classes, soft labels, or regression targets."""
+def hard_loss(model: nn.Module, model_logits: Tensor, batch: Batch, run: Run) -> Tensor:
+    """The loss of a model's logits on what the batch is labelled with: classes, soft labels, numbers, or tokens.
+
+    Of sequences it is the mean over the labelled positions of all processes.
+    """
     if run.data.facts.task == "regression":
-        return F.mse_loss(student_logits.squeeze(-1), batch.labels.to(student_logits.dtype))
-    return losses.cross_entropy(student_logits, batch.labels)
+        return F.mse_loss(model_logits.squeeze(-1), batch.labels.to(model_logits.dtype))
+    labels = placed(model, batch, run)
+    if model_logits.dim() <= 2:
+        return losses.cross_entropy(model_logits, labels)
+    rows = losses.cross_entropy(model_logits, labels, reduction="none", chunk=rows_at_once(model_logits))
+    return run.mean(rows, labels != IGNORED)
+
+
+def placed(model: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Tensor:
+    """The labels where the model's logits stand; see :func:`stillhouse.models.targets`."""
+    return targets(model, batch, next_token=run.data.next_token)
+
+
+def rows_at_once(sequence_logits: Tensor) -> int | None:
+    """Positions that a loss handles at once: all, unless float32 copies of their logits would take much memory."""
+    return None if sequence_logits.numel() <= 2**26 else max(1, 2**24 // sequence_logits.shape[-1])
 
 
 def quality(model: nn.Module, split: Split, run: Run, batch_size: int = 512) -> dict[str, float]:
-    """Numbers of a model on a split: accuracy, nll, ... of a classifier, mse of a regressor."""
-    measure = regression if run.data.facts.task == "regression" else classification
+    """Numbers of a model on a split: accuracy, nll, ... of a classifier or of a model of tokens, mse of a regressor."""
     with measuring(model):
+        if run.data.facts.task == "language":
+            return token_prediction(
+                lambda batch: (logits(model, batch), placed(model, batch, run)), sequences(split, run)
+            )
+        measure = regression if run.data.facts.task == "regression" else classification
         return measure(lambda batch: logits(model, batch), split.in_order(batch_size, device=run.world.device))
+
+
+def sequences(split: Split, run: Run) -> Iterator[Batch]:
+    """A split of sequences in order, in batches of about :data:`POSITIONS` positions."""
+    longest = max(shape[0] for shape in split.facts.inputs.values() if shape)
+    return split.in_order(max(1, POSITIONS // longest), device=run.world.device)
 
 
 def held_out(model: nn.Module, run: Run) -> dict[str, float]:

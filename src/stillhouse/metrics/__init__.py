@@ -10,6 +10,7 @@ from stillhouse.metrics.classification import (
     topk_accuracy,
 )
 from stillhouse.metrics.cost import latency, model_bytes, parameters
+from stillhouse.metrics.language import token_agreement, token_prediction
 from stillhouse.metrics.regression import regression
 
 __all__ = [
@@ -23,5 +24,7 @@ __all__ = [
     "negative_log_likelihood",
     "parameters",
     "regression",
+    "token_agreement",
+    "token_prediction",
     "topk_accuracy",
 ]

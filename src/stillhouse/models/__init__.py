@@ -6,6 +6,7 @@ from stillhouse.models.convnet import CNN, CNNSpec, ConvNet, ConvNetSpec
 from stillhouse.models.denoiser import DiffusersSpec, PointDenoiser, PointDenoiserSpec, UNetSpec, bottleneck
 from stillhouse.models.hub import HubSpec
 from stillhouse.models.mlp import MLP, MLPSpec
+from stillhouse.models.positions import IGNORED, targets
 from stillhouse.models.resnet import ImageNetResNetSpec, ResNet, ResNetSpec, WideResNet, WideResNetSpec
 from stillhouse.models.sources import FileSpec, ImportSpec, ObjectSpec
 from stillhouse.models.spec import ModelSpec, origin
@@ -16,6 +17,7 @@ from stillhouse.models.weights import count_parameters, fingerprint, freeze, ini
 
 __all__ = [
     "CNN",
+    "IGNORED",
     "MLP",
     "Autoencoder",
     "AutoencoderSpec",
@@ -54,4 +56,5 @@ __all__ = [
     "origin",
     "resolve_paths",
     "save",
+    "targets",
 ]

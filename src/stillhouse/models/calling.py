@@ -29,14 +29,13 @@ def forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
     encoder-decoder of transformers whose batch has labels and no ``decoder_input_ids`` gets the labels shifted right.
 
     Raises:
-        UserError: ``forward`` requires an argument that the batch does not have.
+        UserError: ``forward`` requires an argument that the batch does not have, or an encoder-decoder has nothing for its
+            decoder to read.
     """
     inputs = getattr(batch, "inputs", None)
     if inputs is None:
         inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
-    # A compiled wrapper hides the signature of the module inside.
-    wrapped = module._modules.get("_orig_mod")
-    inner: Any = module if wrapped is None else wrapped
+    inner = unwrapped(module)
     key = (type(inner), tuple(inputs), "labels" in batch)
     plan = _PLANS.get(key)
     if plan is None:
@@ -49,10 +48,21 @@ def forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
     return module(**{name: inputs[name] for name in plan})
 
 
+def unwrapped(module: nn.Module) -> Any:
+    """The module itself: a compiled wrapper hides the signature and the config of the module inside."""
+    wrapped = module._modules.get("_orig_mod")
+    return module if wrapped is None else wrapped
+
+
 def _plan(module: nn.Module, owner: type, keys: tuple[str, ...], labelled: bool) -> tuple[str, ...]:
     if not keys:
         raise UserError(f"The batch has no input for {owner.__name__}; it needs at least one such as 'pixel_values'.")
-    if labelled and hasattr(module, "prepare_decoder_input_ids_from_labels") and not _DECODER_INPUTS & set(keys):
+    if hasattr(module, "prepare_decoder_input_ids_from_labels") and not _DECODER_INPUTS & set(keys):
+        if not labelled:
+            raise UserError(
+                f"{owner.__name__} is an encoder-decoder, whose batches need 'labels' or 'decoder_input_ids'; this one has "
+                f"{', '.join(repr(key) for key in keys)}."
+            )
         return _WITH_SHIFTED_LABELS
     _, *parameters = inspect.signature(owner.forward).parameters.values()  # type: ignore[attr-defined]
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name in keys]

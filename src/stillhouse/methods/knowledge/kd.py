@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from stillhouse import losses
 from stillhouse.data import Batch
 from stillhouse.engine import Losses, Modules, Paper, Run, Weight
-from stillhouse.methods.distillation import KnowledgeDistillation
+from stillhouse.methods.distillation import KnowledgeDistillation, output_error, over_teachers, positions, soft_loss
 from stillhouse.methods.supervised import hard_loss
 from stillhouse.models import logits
 
@@ -35,12 +36,25 @@ class KD(KnowledgeDistillation):
 
     def loss(self, m: Modules, batch: Batch, run: Run) -> Losses:
         """Cross-entropy with the labels and the divergence from the teacher."""
-        student = logits(m.student, batch)
-        divergence = losses.DIVERGENCES[self.divergence]
-
+        student, teachers = logits(m.student, batch), self.asked_once(m, batch)
+        labels = positions(m.student, student, batch, run)
         return {
-            "ce": lambda: hard_loss(student, batch, run),
-            "soft": lambda: self.over_teachers(
-                m, batch, lambda teacher: divergence(student, teacher, self.temperature)
-            ),
+            "ce": lambda: hard_loss(m.student, student, batch, run),
+            "soft": lambda: over_teachers(teachers, lambda teacher: self.soft(student, teacher, labels, run)),
         }
+
+    def soft(self, student: Tensor, teacher: Tensor, labels: Tensor | None, run: Run) -> Tensor:
+        """The divergence at the temperature, times its square; the squared error between regressors."""
+        if run.data.facts.task == "regression":
+            return output_error(student, teacher)
+        divergence = losses.DIVERGENCES[self.divergence]
+        return soft_loss(divergence, student, teacher, self.temperature, labels, run, squared=True)
+
+    def notes(self, run: Run) -> list[str]:
+        """What stands for the divergence where predictions are numbers."""
+        if run.data.facts.task != "regression":
+            return []
+        return [
+            "the soft term is the squared error to the teacher's outputs: predictions of a regressor are no distributions, "
+            "so there is no divergence between them, and T^2 times the error of outputs divided by T is that without T."
+        ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +15,7 @@ from stillhouse import losses
 from stillhouse.data import Batch
 from stillhouse.engine import Losses, Modules, Optimizer, Paper, Run, Term, Weight
 from stillhouse.errors import UserError
-from stillhouse.methods.distillation import KnowledgeDistillation
+from stillhouse.methods.distillation import KnowledgeDistillation, output_error, over_teachers, positions, soft_loss
 from stillhouse.methods.supervised import hard_loss
 from stillhouse.models import logits
 
@@ -68,45 +69,55 @@ class SinKD(KnowledgeDistillation):
 
     def loss(self, m: Modules, batch: Batch, run: Run) -> Losses:
         """The three terms."""
-        student = logits(m.student, batch)
+        student, teachers = logits(m.student, batch), self.asked_once(m, batch)
+        labels = positions(m.student, student, batch, run)
         terms: dict[str, Term] = {
-            "ce": lambda: hard_loss(student, batch, run),
-            "kd": lambda: self.over_teachers(m, batch, lambda teacher: self.per_sample(student, teacher, batch, run)),
+            "ce": lambda: hard_loss(m.student, student, batch, run),
+            "kd": lambda: over_teachers(teachers, lambda teacher: self.per_sample(student, teacher, labels, run)),
         }
         if run.data.facts.task != "regression":
             # A single logit has the softmax 1 whatever it is: between regression targets there is nothing to transport.
-            terms["sinkhorn"] = lambda: self.over_teachers(
-                m, batch, lambda teacher: self.transport(student, teacher, batch, run)
-            )
+            terms["sinkhorn"] = lambda: self.transport(student, teachers(), labels, run)
         return terms
 
-    def per_sample(self, student: Tensor, teacher: Tensor, batch: Batch, run: Run) -> Tensor:
+    def per_sample(self, student: Tensor, teacher: Tensor, labels: Tensor | None, run: Run) -> Tensor:
         """The KD term: soft cross-entropy (or another divergence) at the annealed temperature; MSE in regression."""
         temperature: float = self.temperature
         if self.anneal:
             temperature = float(losses.annealed_temperature(self.temperature, run.epoch_progress))
         if run.data.facts.task == "regression":
-            return F.mse_loss(student / temperature, teacher / temperature)
-        causal = run.data.facts.task == "language"
-        student, teacher = _labelled(student, teacher, batch, causal=causal, most=None)
-        if self.divergence == "soft_cross_entropy":
-            return losses.soft_cross_entropy(student, teacher, temperature)
-        return losses.DIVERGENCES[self.divergence](student, teacher, temperature, scale_by_temperature_squared=False)
+            return output_error(student, teacher, temperature)
+        same_outputs(student, teacher)
+        soft = self.divergence == "soft_cross_entropy"
+        divergence = losses.soft_cross_entropy if soft else losses.DIVERGENCES[self.divergence]
+        return soft_loss(divergence, student, teacher, temperature, labels, run, squared=False)
 
-    def transport(self, student: Tensor, teacher: Tensor, batch: Batch, run: Run) -> Tensor:
-        """The Sinkhorn term."""
-        if student.dim() == 3 and self.variant == "code":
-            return transport_over_positions(
-                student, teacher, self.temperature_sinkhorn, self.epsilon, self.num_iterations, self.reduction
-            )
-        causal = run.data.facts.task == "language"
-        if self.gather and student.dim() == 3:
-            raise UserError(
-                "gather: processes hold different numbers of label positions, so sequences are not gathered."
-            )
-        student, teacher = _labelled(student, teacher, batch, causal=causal, most=self.max_positions)
-        if self.gather:
-            student, teacher = run.gather(student), run.gather(teacher)
+    def transport(self, student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, run: Run) -> Tensor:
+        """The Sinkhorn term, averaged over teachers."""
+        if labels is not None and self.variant == "code":
+            shared = self.temperature_sinkhorn, self.epsilon, self.num_iterations, self.reduction
+            return torch.stack([transport_over_positions(student, teacher, *shared) for teacher in teachers]).mean(0)
+        pairs = [self.coupled(student, teacher, labels, run) for teacher in teachers]
+        step = run.step + 1
+        if self.form == "batch" and (step == run.steps or step % run.settings.log_every == 0):
+            self.log_deviation(pairs, run)
+        return torch.stack([self.distance(*pair) for pair in pairs]).mean(0)
+
+    def coupled(self, student: Tensor, teacher: Tensor, labels: Tensor | None, run: Run) -> tuple[Tensor, Tensor]:
+        """The rows of logits that are transported: those of all samples, or of the labelled positions of a sequence model."""
+        same_outputs(student, teacher)
+        if labels is not None:
+            if self.gather:
+                raise UserError(
+                    "gather: processes hold different numbers of label positions, so sequences are not gathered."
+                )
+            return losses.select_positions(student, teacher, labels, max_positions=self.max_positions, allow_none=True)
+        return (run.gather(student), run.gather(teacher)) if self.gather else (student, teacher)
+
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The Sinkhorn distance between rows; 0 where a batch has no labelled position."""
+        if not len(student):
+            return student.float().sum()
         return losses.sinkhorn_distance(
             student,
             teacher,
@@ -119,22 +130,46 @@ class SinKD(KnowledgeDistillation):
             check_finite=False,
         )
 
+    def log_deviation(self, pairs: Sequence[tuple[Tensor, Tensor]], run: Run) -> None:
+        """Log how far the plan's rows are from their mass: the largest over rows, teachers and processes.
 
-def _labelled(
-    student: Tensor, teacher: Tensor, batch: Batch, *, causal: bool, most: int | None
-) -> tuple[Tensor, Tensor]:
-    """The rows of logits that count: all of a classifier, those at labelled positions of a sequence model."""
+        The rounds end with the columns, so large values mean too few of them for this ``epsilon``.
+        """
+        worst = pairs[0][0].new_zeros((), dtype=torch.float32)
+        with torch.no_grad():
+            for pair in pairs:
+                if len(pair[0]):
+                    student, teacher = (torch.softmax(rows.float() / self.temperature_sinkhorn, -1) for rows in pair)
+                    plan = losses.sinkhorn(losses.pairwise_l1(student, teacher), self.epsilon, self.num_iterations)
+                    worst = torch.maximum(worst, losses.row_error(plan))
+            worst = run.gather(worst[None]).max()
+        run.log({"stage": run.stage, "step": run.step + 1, "sinkhorn/row_deviation": float(worst)})
+
+    def notes(self, run: Run) -> list[str]:
+        """Over what was transported, or why nothing was."""
+        if self.weight_sinkhorn == 0:
+            return []
+        if run.data.facts.task == "regression":
+            return [
+                "the Sinkhorn term was left out: between regression targets there is nothing to transport, because the "
+                "softmax of a single output is always 1; the KD term is the squared error to the teacher's outputs."
+            ]
+        over = "the samples of all processes together" if self.gather else "the samples of each process on its own"
+        if self.form == "sample":
+            over = "each sample on its own"
+        elif run.data.facts.task == "language":
+            over = "the labelled positions of each process on its own"
+        number = f"{run.world.size} process" + ("es" if run.world.size > 1 else "")
+        return [f"the Sinkhorn term was taken over {over} ({number}, {self.batch_size} samples in each)."]
+
+
+def same_outputs(student: Tensor, teacher: Tensor) -> None:
+    """Refuse a teacher with other outputs than the student."""
     if student.shape[-1] != teacher.shape[-1]:
         raise UserError(
             f"the teacher has {teacher.shape[-1]} outputs and the student {student.shape[-1]}; SinKD needs the same "
             "output space on both sides."
         )
-    if student.dim() == 2:
-        return student, teacher
-    labels = batch.labels
-    if causal and "decoder_input_ids" not in batch:
-        student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
-    return losses.select_positions(student, teacher, labels, max_positions=most)
 
 
 def transport_over_positions(
