@@ -55,13 +55,17 @@ def test_overrides_are_read_by_the_type_of_their_field(override, read):
         (["temperature"], "'temperature' is no override; write key=value"),
         (["weight_ce=true"], "weight_ce: a weight is a number or a schedule, not yes or no"),
         (["epochs.x=1"], "epochs.x: 'epochs' has no fields of its own"),
+        (["weight_ce=-1"], "weight_ce: a weight is 0 or more, not -1"),
+        (["method=sinkd"], "a recipe belongs to its method"),
+        (["=4"], "'=4' is no override; write key=value"),
     ],
 )
-def test_a_mistake_gives_one_sentence_with_its_key_path(overrides, sentence):
+def test_a_mistake_in_an_override_gives_one_sentence_that_does_not_blame_the_file(overrides, sentence):
     with pytest.raises(UserError) as caught:
         load_recipe("kd", overrides)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "small.yaml" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

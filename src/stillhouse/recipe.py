@@ -108,6 +108,11 @@ def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, wh
         UserError: see :func:`load_recipe`.
     """
     raw = dict(values)
+    for override in overrides:
+        if override.partition("=")[0].strip() == "method":
+            raise UserError(
+                f"{override}: a recipe belongs to its method; name the other method, or a recipe of it, instead."
+            )
     cls = method_class(str(raw.get("method")))
     whole: Any = create_model(  # type: ignore[call-overload]
         f"{cls.__name__}Recipe",
@@ -118,7 +123,13 @@ def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, wh
     )
     for override in overrides:
         _override(cast("type[Spec]", whole), raw, override)
-    validated = read(whole, raw, where=where)
+    try:
+        validated = read(whole, raw)
+    except UserError as error:
+        # A mistake in an override is not the file's.
+        key = str(error).partition(":")[0].partition(".")[0]
+        overridden = {override.partition("=")[0].partition(".")[0] for override in overrides}
+        raise UserError(str(error) if key in overridden or not where else f"{where}: {error}") from None
     fields = {name: getattr(validated, name) for name in cls.model_fields}
     return Recipe(method=cls.model_construct(**fields), seed=validated.seed, settings=validated.run, source=where)
 
@@ -126,7 +137,7 @@ def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, wh
 def _override(model: type[Spec], raw: dict[str, Any], override: str) -> None:
     """Put ``key.path=value`` into the raw values."""
     path, equals, text = override.partition("=")
-    if not equals:
+    if not equals or not path:
         raise UserError(f"{override!r} is no override; write key=value, such as temperature=4.")
     *heads, last = path.split(".")
     here: Any = model

@@ -174,3 +174,35 @@ def test_dry_run_builds_and_trains_nothing(finished):
     assert done.returncode == 0, done.stderr
     assert "94,186 parameters" in done.stdout
     assert not (home / "runs").exists()
+
+
+def test_what_is_wrong_from_the_start_leaves_no_directory(tmp_path):
+    done = stillhouse("run", "sinkd", *TINY, "student=nowhere.nets:Net", "--out", "z", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert not (tmp_path / "z").exists()
+
+
+@pytest.mark.parametrize("command", ["info", "run", "resume", "report"])
+def test_a_missing_argument_is_named(command, tmp_path):
+    done = stillhouse(command, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Missing argument" in done.stderr
+    assert done.stderr.startswith("error: ")
+
+
+def test_the_version_is_told(tmp_path):
+    assert stillhouse("--version", cwd=tmp_path).stdout.startswith("stillhouse ")
+
+
+def test_two_processes_on_a_machine_without_an_accelerator(tmp_path):
+    tiny = [argument for argument in TINY if argument != "run.device=cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "stillhouse"]
+        + ["run", "sinkd", *tiny, "--out", "two"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("report:") == 1

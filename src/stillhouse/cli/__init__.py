@@ -33,6 +33,23 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"stillhouse {version('stillhouse')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Options of the command line as a whole."""
+
+
 @app.command("list")
 def list_methods(
     family: Annotated[Optional[str], typer.Option(help="only this family")] = None,  # noqa: UP045
@@ -131,7 +148,10 @@ def main() -> None:
         _say(str(error))
         code = error.exit_code
     except CommandError as error:
-        _say(getattr(error, "message", str(error)))
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error, file=sys.stderr)
+        else:
+            _say(error.format_message() if hasattr(error, "format_message") else str(error))
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130

@@ -54,6 +54,8 @@ def _show(outcome: Outcome, console: Console) -> None:
     count = len(outcome.seeds)
     title = f"Mean and standard deviation over {count} seeds" if count > 1 else f"Seed {outcome.seeds[0]}"
     result_table(title, ["arm", *metrics], rows, console)
+    if len(outcome.sources) > 1:
+        console.print(f"the runs were made with {len(outcome.sources)} versions of the source.", style="yellow")
     for margin in outcome.margins:
         console.print(escape(margin["finding"]), highlight=False)
     console.print(f"the claim [bold]{'holds' if outcome.holds else 'fails'}[/bold].")
@@ -61,6 +63,10 @@ def _show(outcome: Outcome, console: Console) -> None:
         console.print(escape(outcome.remark), style="dim", highlight=False)
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float | None]) -> str:
+    finite = [value for value in values if value is not None]
+    if len(finite) < len(values):
+        return f"not finite in {len(values) - len(finite)} of {len(values)}"
+    values = finite
     mean = f"{statistics.fmean(values):.4g}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,14 @@ def start(source: str, overrides: Sequence[str], *, out: Path | None, seed: int 
         raise UserError(
             f"{directory} already holds a run; continue it with 'stillhouse resume {directory}', or choose another --out."
         )
-    _go(recipe, directory, world, cache=cache)
+    fresh = not directory.exists()
+    try:
+        _go(recipe, directory, world, cache=cache)
+    except UserError:
+        # What was wrong from the start leaves nothing behind that could be taken for a run.
+        if fresh and world.is_main and not any(directory.rglob("*.safetensors")):
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def go_on(directory: Path) -> None:

@@ -57,7 +57,8 @@ class World:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            state = PartialState(cpu=device == "cpu")
+            # Left to itself on a machine without an accelerator it takes each process for the only one.
+            state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
             patient = _patient(dist.group.WORLD)
             return cls(state.process_index, state.num_processes, torch.device(state.device), patient)
         if device == "auto":

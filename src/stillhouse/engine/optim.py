@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
 from stillhouse.spec import Spec
@@ -111,8 +111,15 @@ def _not_boolean(value: Any) -> Any:
     return value
 
 
-Weight = Annotated[float | Ramp, BeforeValidator(_not_boolean)]
-"""A loss weight: a number, or a schedule of progress."""
+def _not_negative(value: float | Ramp) -> float | Ramp:
+    ends = (value.start, value.end) if isinstance(value, Ramp) else (value,)
+    if min(ends) < 0:
+        raise ValueError(f"a weight is 0 or more, not {min(ends):g}")
+    return value
+
+
+Weight = Annotated[float | Ramp, BeforeValidator(_not_boolean), AfterValidator(_not_negative)]
+"""A loss weight: a number of at least 0, or a schedule of progress."""
 
 
 def weight_at(weight: float | Ramp, progress: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,12 +83,22 @@ class Result:
                 artefact.save(place)
             else:
                 save(artefact, place)
-        tables = [{"title": t.title, "columns": t.columns, "rows": t.rows} for t in self.tables]
-        write_text(result / "tables.json", json.dumps({"tables": tables, "notes": self.notes}, indent=2) + "\n")
+        tables = [
+            {"title": t.title, "columns": t.columns, "rows": [[_plain(cell) for cell in row] for row in t.rows]}
+            for t in self.tables
+        ]
+        told = {"tables": tables, "notes": self.notes}
+        write_text(result / "tables.json", json.dumps(told, indent=2, allow_nan=False) + "\n")
         for name, picture in self.pictures.items():
             save_png(picture, result / f"{name}.png")
         # Last: this file says that the run has ended.
-        write_text(directory / "metrics.json", json.dumps(self.metrics, indent=2) + "\n")
+        metrics = {name: _plain(value) for name, value in self.metrics.items()}
+        write_text(directory / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+
+
+def _plain(value: float | int | str) -> float | int | str | None:
+    """A cell as JSON has it: what is not finite, which JSON lacks, is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_png(picture: Tensor, path: Path) -> None:

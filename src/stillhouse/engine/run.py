@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -29,7 +30,7 @@ from stillhouse.engine.seeding import derive, seed_generators
 from stillhouse.engine.stage import Compute, Later, Stage, SubRun, Trained, Yield
 from stillhouse.engine.storage import CorruptError, read_tree, told_when_full, write_text, write_tree
 from stillhouse.engine.tracking import Trackers
-from stillhouse.errors import UserError
+from stillhouse.errors import RunError, UserError
 from stillhouse.spec import Spec
 
 
@@ -255,11 +256,15 @@ class Run:
             generator.close()
             if self._trackers is not None:
                 self._trackers.finish()
-            self.directory.write("cost.json", cost)
+            # Timings are worth less than what stopped the run: a full disk is said where something is lost.
+            with contextlib.suppress(RunError):
+                self.directory.write("cost.json", cost)
         if not isinstance(result, Result):
             raise UserError(f"{type(self.method).__name__}.stages returns {result!r}; it must return a Result.")
         result.directory = self.directory.path
         if self.world.is_main:
+            if "data" in self.__dict__:
+                self.directory.write("result/inputs.json", self.data.described())
             result.save(self.directory.path)
         self.world.barrier()
         return result

@@ -76,7 +76,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str], facts: Facts | None = None) -> nn.Module:
-    """The module that :func:`save` wrote, in training mode on the CPU, with the stored data types.
+    """The module that :func:`save` wrote, in evaluation mode on the CPU, with the stored data types.
 
     Args:
         path: the directory, a ``.safetensors`` file with its description of the same name (``.json``) beside it, or any
@@ -116,7 +116,7 @@ def load(path: str | os.PathLike[str], facts: Facts | None = None) -> nn.Module:
         if name in state:
             tensor.data = tensor.data.to(state[name].dtype)
     _load_state(module, state, weights)
-    return module.train()
+    return module.eval()
 
 
 def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -225,4 +225,4 @@ def _from_pretrained(cls: Any, directory: Path, description: dict[str, Any]) -> 
     dtype = getattr(torch, description.get("dtype") or "float32")
     keyword = "dtype" if cls.__module__.startswith("transformers.") else "torch_dtype"
     module: nn.Module = cls.from_pretrained(directory, **{keyword: dtype})
-    return module.train()
+    return module.eval()

@@ -106,6 +106,7 @@ def _view(run: RunFiles, version_info: Mapping[str, Any] | None) -> dict[str, An
         "curves": _curves(run),
         "pictures": _pictures(run.path / "result"),
         "artefacts": artefacts,
+        "feeding": _feeding(run.inputs),
         "cost": _cost(run),
         "disk": _disk(run.path),
         "metrics": [(*_split(name), number(value), value) for name, value in (run.metrics or {}).items()],
@@ -399,6 +400,27 @@ def _pictures(result: Path) -> list[Picture]:
         source = "data:image/png;base64," + base64.b64encode(data).decode() if len(data) <= PICTURE_BYTES else ""
         found.append(Picture(name, source, width, height, max(1, SMALL // max(width, height, 1))))
     return found
+
+
+def _feeding(inputs: Mapping[str, Any]) -> str:
+    """What a model of the run takes, in a sentence."""
+    shapes = [f"{name} of shape {' x '.join(map(str, shape))}" for name, shape in (inputs.get("inputs") or {}).items()]
+    if not shapes:
+        return ""
+    told = f"What its models take: {', '.join(shapes)}, in batches"
+    pixels = inputs.get("pixels")
+    if pixels:
+        black, white, mean, std = (pixels[key] for key in ("black", "white", "mean", "std"))
+        divisor = [s * (white - black) for s in std]
+        offset = [m * (white - black) + black for m in mean]
+        told += f"; pixels stored from {number(black)} to {number(white)} become (pixel - {_list(offset)}) / {_list(divisor)}"
+        told += ", a number per channel" if len(mean) > 1 else ""
+    return told + " (result/inputs.json)."
+
+
+def _list(values: Sequence[float]) -> str:
+    texts = [f"{value:.5g}" for value in values]
+    return texts[0] if len(texts) == 1 else f"({', '.join(texts)})"
 
 
 def _seconds(run: RunFiles) -> dict[str, float]:

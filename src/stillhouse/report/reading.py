@@ -121,6 +121,7 @@ class RunFiles:
         cost: seconds per yield.
         tables: tables for people.
         notes: sentences for people.
+        inputs: ``result/inputs.json``: what a model of the run is fed.
         yields: what the method yielded, in order, as the engine recorded it.
         stages: the log.
         damaged: number of lines of the log that are no JSON.
@@ -134,6 +135,7 @@ class RunFiles:
     cost: Mapping[str, float]
     tables: Sequence[Mapping[str, Any]]
     notes: Sequence[str]
+    inputs: Mapping[str, Any]
     yields: Sequence[Mapping[str, Any]]
     stages: Sequence[StageLog]
     damaged: int
@@ -185,6 +187,7 @@ def read_run(path: Path) -> RunFiles:
         cost=_json(path / "cost.json", dict) or {},
         tables=told.get("tables") or [],
         notes=told.get("notes") or [],
+        inputs=_json(path / "result" / "inputs.json", dict) or {},
         yields=_yields(path),
         stages=stages,
         damaged=damaged,
