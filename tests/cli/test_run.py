@@ -12,6 +12,7 @@ import pytest
 from stillhouse.cli import main
 
 TINY = ["teacher.epochs=1", "epochs=1", "run.checkpoint_every=5", "run.log_every=2", "run.device=cpu"]
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def stillhouse(*arguments, cwd, **kwargs):
@@ -197,8 +198,7 @@ def test_the_version_is_told(tmp_path):
 def test_two_processes_on_a_machine_without_an_accelerator(tmp_path):
     tiny = [argument for argument in TINY if argument != "run.device=cpu"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "stillhouse"]
-        + ["run", "sinkd", *tiny, "--out", "two"],
+        [sys.executable, *LAUNCHER, "-m", "stillhouse", "run", "sinkd", *tiny, "--out", "two"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
