@@ -1,8 +1,12 @@
 """Killed at ten points from a fixed seed, resumed, and equal to a straight run: weights bit for bit, log byte for byte."""
 
 import copy
+import errno
+import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -11,8 +15,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
-from stillhouse.engine import Compute, Later, Record, Result, Silent, Stage, Update, adam, frozen
+from stillhouse.cli import main
+from stillhouse.engine import (
+    Compute,
+    Later,
+    Record,
+    Result,
+    RunDirectory,
+    Silent,
+    Stage,
+    Update,
+    adam,
+    frozen,
+    storage,
+)
+from stillhouse.front import run_recipe
+from stillhouse.recipe import load_recipe
 
 TORTURE = Path(__file__).with_name("torture.py")
 
@@ -170,3 +190,100 @@ def test_damage_among_parallel_stages_is_mended(engine, tmp_path, stage, how):
     assert len(list((tmp_path / "run" / "records").rglob("*.npy"))) == 5
     for record in (tmp_path / "straight" / "records").rglob("*.npy"):
         assert (tmp_path / "run" / record.relative_to(tmp_path / "straight")).read_bytes() == record.read_bytes()
+
+
+# A disk that fills up during a run ------------------------------------------------------------------------------------
+
+
+class Disk:
+    """A disk that is full some steps after the first checkpoint of the student, until somebody makes space.
+
+    Args:
+        where: what meets the end of the disk: the tensors' file, its way to the platters, or a row of the log.
+    """
+
+    def __init__(self, where, monkeypatch):
+        self.where, self.full, self.seen = where, False, 0
+        self.save_file, self.sync, self.log = storage.save_file, storage._sync, RunDirectory.log
+        monkeypatch.setattr(storage, "save_file", self._save_file)
+        monkeypatch.setattr(storage, "_sync", self._sync)
+        monkeypatch.setattr(RunDirectory, "log", lambda directory, row: self._log(directory, row))
+
+    def _meets(self, where, met):
+        self.seen += where == self.where and met
+        self.full |= self.seen == 2
+        return self.full
+
+    def _save_file(self, tensors, path):
+        self.save_file(tensors, path)
+        if self._meets("tensors", ".step-" in str(path) and "student" in path.parts):
+            path.write_bytes(path.read_bytes()[:100])
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def _sync(self, path):
+        if self._meets("sync", path.name == storage.TENSORS and ".step-" in str(path) and "student" in path.parts):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        self.sync(path)
+
+    def _log(self, directory, row):
+        if self._meets("row", row.get("stage") == "student" and row["step"] > 5 and "validation/accuracy" in row):
+            directory._log.write(json.dumps(row).encode()[:20])
+            directory._log.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.log(directory, row)
+
+
+@pytest.fixture
+def stillhouse(monkeypatch, capsys):
+    """``stillhouse(*arguments)`` in this process: its exit code and what it said to people."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["stillhouse", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code, capsys.readouterr().err
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+FULL = ["teacher.epochs=1", "epochs=1", "run.checkpoint_every=5", "run.log_every=4", "run.device=cpu", "run.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("undisturbed")
+    run_recipe(load_recipe("sinkd", FULL, seed=3), directory, cache=False)
+    return directory
+
+
+@pytest.mark.parametrize("where", ["tensors", "sync", "row"])
+def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_space(
+    where, undisturbed, stillhouse, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    disk = Disk(where, monkeypatch)
+    code, said = stillhouse("run", "sinkd", *FULL, "--seed", 3, "--no-cache", "--out", out)
+    assert (disk.full, code) == (True, 1)
+    [sentence] = said.strip().splitlines()
+    lost = out if where == "row" else out / "checkpoints" / "student" / "step-000000010"
+    assert sentence == f"error: the disk is full: {lost} was not written; what was written before it is intact."
+    assert not (out / "metrics.json").exists()
+
+    # The last good checkpoint is there and whole, and nothing else is.
+    student = out / "checkpoints" / "student"
+    assert [path.name for path in student.glob("step-*")] == ["step-000000005"]
+    assert not list(out.rglob(".step-*"))
+    assert storage.read_tree(student / "step-000000005")["step"] == 5
+
+    # Still no space: nothing is lost by trying.
+    assert stillhouse("resume", out)[0] == 1
+    assert storage.read_tree(student / "step-000000005")["step"] == 5
+
+    monkeypatch.undo()
+    assert stillhouse("resume", out)[0] == 0
+    for name in ("metrics.jsonl", "metrics.json", "result/student/model.safetensors"):
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name

@@ -1,11 +1,13 @@
 """Runs a method's tiny recipe straight, and again in processes that are killed. Usage: python killed.py HOME NAME.
 
 Every run is a fork of this process, which itself never trains; what the first one imported on its way is imported here then,
-once for all others.
+once for all others. One line of JSON is printed for each life: where it was killed, what it left of the main stage's
+checkpoints, and the step that it began with.
 """
 
 import contextlib
 import importlib
+import json
 import os
 import random
 import sys
@@ -14,13 +16,17 @@ from pathlib import Path
 import torch
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "engine")]
-from test_every_method import tiny
-from torture import arm
+from test_every_method import MAIN, tiny
+from torture import arm, die
 
+from stillhouse.engine.fit import Fit
 from stillhouse.front import run_recipe
 
-POINTS = 5
+EVERY = 2
 LARGE = {"diffusers", "kornia", "scipy", "sklearn", "sympy", "torch", "transformers"}
+
+Place = tuple[str, str, int]
+"""The directory of a run, relative to that of the whole; its stage; the step."""
 
 
 def forked(work) -> int:
@@ -33,44 +39,68 @@ def forked(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def watch(directory: Path, seen) -> None:
+    """Call ``seen(place)`` before each step of this process."""
+    original = Fit._step
+
+    def step(self, number):
+        seen((str(self.run.directory.path.relative_to(directory)), self.stage.name, number))
+        original(self, number)
+
+    Fit._step = step
+
+
+def ends(name: str, steps: list[Place]) -> list[tuple[str, Place]]:
+    """Five ends in the order of the run: two within the main stage when it has checkpoints, and three anywhere else.
+
+    The second of the two comes within a write: that of the checkpoint, or of the stage's end, that follows the step.
+    """
+    chance = random.Random(name)
+    late = [at for at, place in enumerate(steps) if place[:2] == (".", MAIN[name]) and place[2] > EVERY]
+    inside = sorted(chance.sample(late, 2))
+    order = sorted([*inside, *chance.sample(sorted(set(range(len(steps))) - set(inside)), 3)])
+    return [("write" if at == inside[1] else "step", steps[at]) for at in order]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     home, name = Path(sys.argv[1]), sys.argv[2]
-    recipe = tiny(name, "run.checkpoint_every=6")
+    recipe = tiny(name, f"run.checkpoint_every={EVERY}")
 
     def straight() -> None:
-        steps = 0
-
-        class Counter:
-            def stage(self, name, total, done): ...
-            def row(self, row): ...
-            def say(self, sentence): ...
-            def step(self, step):
-                nonlocal steps
-                steps += 1
-
-        run_recipe(recipe, home / "straight", cache=False, listener=Counter())
-        (home / "steps").write_text(str(steps))
+        steps: list[Place] = []
+        watch(home / "straight", steps.append)
+        run_recipe(recipe, home / "straight", cache=False)
+        (home / "steps").write_text(json.dumps(steps))
         (home / "modules").write_text("\n".join(name for name in sys.modules if name.partition(".")[0] in LARGE))
 
     assert forked(straight) == 0
-    steps = int((home / "steps").read_text())
+    steps = [(where, stage, number) for where, stage, number in json.loads((home / "steps").read_text())]
+    assert len(set(steps)) == len(steps), "a step is known by its place"
     for module in (home / "modules").read_text().splitlines():
         if module not in sys.modules:
             with contextlib.suppress(ImportError):  # Some names are aliases that only their package can make.
                 importlib.import_module(module)
-    drawn = random.Random(name)
-    # Each life dies a fifth of the way or less from where the one before did, and one of them within a write.
-    for life in range(POINTS):
-        kind = "write" if life == 2 else "step"
-        count = drawn.randint(1, 3) if kind == "write" else drawn.randint(1, max(2, steps // POINTS))
 
-        def dying(kind=kind, count=count) -> None:
-            arm(kind, count)
+    for kind, end in [*ends(name, steps), ("end", None)]:
+
+        def living(kind=kind, end=end) -> None:
+            def seen(place: Place) -> None:
+                if not (home / "begun").exists():
+                    (home / "begun").write_text(json.dumps(place))
+                if place == end and kind == "write":
+                    arm("write", 1)
+                elif place == end:
+                    die()
+
+            watch(home / "killed", seen)
             run_recipe(recipe, home / "killed", cache=False)
 
-        print(kind, count, forked(dying))
-    assert forked(lambda: run_recipe(recipe, home / "killed", cache=False)) == 0
+        code = forked(living)
+        begun = json.loads((home / "begun").read_text())
+        (home / "begun").unlink()
+        left = sorted(int(path.name[5:]) for path in (home / "killed" / "checkpoints" / MAIN[name]).glob("step-*"))
+        print(json.dumps({"kind": kind, "at": end, "code": code, "begun": begun, "left": left}))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from stillhouse.losses.scores import denoising, denoising_weight
 from stillhouse.methods.generators.denoiser import Denoiser
 from stillhouse.methods.generators.process import Process, ScaledEDMNoise
 from stillhouse.methods.generators.scoring import density, grid
-from stillhouse.methods.generators.teacher import DiffusionTeacher
+from stillhouse.methods.generators.teacher import DiffusionTeacher, Written
 from stillhouse.models import PointDenoiser, fingerprint
 from stillhouse.modules.noise import EDMNoise, FlowNoise, VPNoise, predict
 from stillhouse.recipe import build_recipe
@@ -115,7 +115,7 @@ def test_the_model_has_its_averaged_weights_and_is_saved_with_its_process(tmp_pa
     for one, two in zip(still.model.net.parameters(), start.model.net.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
     again = DiffusionTeacher.parse(f"file:{tmp_path / 'run' / 'result' / 'model' / 'unet'}")
-    assert again._saved() == (EDMNoise(), "edm")
+    assert again._written() == Written(schedule=EDMNoise(), prediction="edm", null_class=3)
 
 
 def test_the_table_has_a_row_for_each_number_of_steps():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -13,6 +14,7 @@ import stillhouse as sh
 from stillhouse.data import Batch
 from stillhouse.engine import Interrupted, Modules, Run, RunDirectory, Signals, Silent, World
 from stillhouse.errors import UserError
+from stillhouse.facts import Facts
 from stillhouse.front import run_recipe
 from stillhouse.losses.scores import denoising, denoising_weight, distribution_matching
 from stillhouse.methods.generators import dmd2 as module
@@ -64,7 +66,7 @@ def turn(tmp_path):
     """A method, its run at a step, its modules (all copies of one random teacher) and the process."""
 
     def make(step=0, null=True, **fields):
-        method = DMD2(data=RING, batch_size=8, **fields)
+        method = DMD2(**{"data": RING, "batch_size": 8, **fields})
         torch.manual_seed(0)
         teacher = PointDenoiser(2, 16, 3, num_class_embeds=4 if null else 3)
         process = Process(EDMNoise(), "edm", (2,), 3, 3 if null else None)
@@ -323,6 +325,82 @@ def test_regression_pairs_lie_on_the_teachers_paths(turn):
     torch.testing.assert_close(full(pairs["noise"], pairs["labels"]), pairs["target"])
 
 
+def test_what_pairs_are_drawn_from_does_not_depend_on_how_many_are_made_at_once(turn):
+    found = []
+    for size in (2, 5, 256):
+        method, process, m, _, run = turn(regression_pairs=7, teacher_steps=3, eval_batch_size=size)
+        run.place("compute")
+        found.append(method.pairs(run, method.sampled(module.Teacher(m.teacher, process))))
+    for other in found[1:]:
+        assert torch.equal(other["noise"], found[0]["noise"])
+        assert torch.equal(other["labels"], found[0]["labels"])
+        torch.testing.assert_close(other["target"], found[0]["target"])
+
+
+def test_the_key_of_pairs_names_all_that_they_depend_on(turn):
+    def key(net=None, threads=1, device="cpu", changed=None, **fields):
+        method, process, m, _, run = turn(**{"regression_pairs": 5, "teacher_steps": 3, **fields})
+        run.world = World(0, 1, torch.device(device))
+        teacher = module.Teacher(net or m.teacher, dataclasses.replace(process, **(changed or {})))
+        torch.set_num_threads(threads)
+        try:
+            return next(method.regress(run, teacher, method.sampled(teacher))).key
+        finally:
+            torch.set_num_threads(1)
+
+    assert key() == key()
+    fields = {"fields": {"states": (2,)}, "classes": None, "null": None}
+    others = [
+        key(eval_batch_size=2),
+        key(regression_pairs=6),
+        key(teacher_steps=4),
+        key(teacher_sampler="ddim"),
+        key(guidance_scale=2.0),
+        key(threads=2),
+        key(device="meta"),
+        key(changed={"null": None}),
+        key(changed={"classes": 2}),
+        key(changed={"schedule": EDMNoise(sigma_max=70.0)}),
+        key(changed={"prediction": "sample"}),
+        key(changed=fields),
+        key(changed={**fields, "null_fields": {"states": torch.zeros(2)}}),
+        key(changed={**fields, "null_fields": {"states": torch.ones(2)}}),
+    ]
+    assert len({key(), *others}) == 1 + len(others)
+    # Data matter where conditions are looked up in them, and not where classes are drawn.
+    fewer = {**RING, "samples": 200}
+    assert key(data=fewer) == key()
+    assert key(data=fewer, changed=fields) != key(changed=fields)
+
+
+def test_networks_of_equal_weights_and_other_configs_have_other_pairs(turn):
+    diffusers = pytest.importorskip("diffusers")
+    method, process, _, _, run = turn(regression_pairs=5, teacher_steps=3)
+    keys = []
+    for size in (4, 8, 8):
+        torch.manual_seed(0)
+        net = image_denoiser(diffusers, attention_head_dim=size, block_out_channels=(8,), add_attention=True)
+        teacher = module.Teacher(net, dataclasses.replace(process, shape=(1, 8, 8)))
+        keys.append(next(method.regress(run, teacher, method.sampled(teacher))).key)
+    assert keys[0] != keys[1]
+    assert keys[1] == keys[2]
+
+
+def test_a_run_that_finds_pairs_equals_one_that_makes_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
+    fields = {
+        "regression": "baseline",
+        "regression_pairs": 12,
+        "regression_steps": 2,
+        "regression_optimizer": {"lr": 1e-2},
+    }
+    distil(POINTS, **fields, eval_batch_size=5)
+    for size in (5, 256):
+        found, made = (distil(POINTS, **fields, eval_batch_size=size, cache=cache) for cache in (True, False))
+        assert found.metrics == made.metrics
+    assert len(list((tmp_path / "cache" / "computes").iterdir())) == 2
+
+
 def test_a_second_phase_starts_where_the_first_ended(tmp_path):
     first = distil(IMAGES, keep_fake=True, eval_samples=0, out=tmp_path / "first")
     start = str(tmp_path / "first" / "result")
@@ -345,10 +423,18 @@ def test_a_second_phase_starts_where_the_first_ended(tmp_path):
         ({"fake_guidance_scale": 2.0}, "'fake_guidance_scale' is 2.0, but the fake score is never guided"),
         ({"generator_every": 0}, "generator_every: input should be greater than or equal to 1"),
         ({"student_steps": [499, 249]}, "starts at the last step 999"),
-        ({"student_steps": [999, 249, 499]}, "descends"),
+        ({"student_steps": [999, 249, 499]}, "'student_steps' is .*, but a few-step schedule descends to at least 0"),
+        ({"student_steps": [999, -1]}, "descends to at least 0"),
+        ({"student_steps": []}, "descends to at least 0"),
         ({"student_steps": [999, 499], "conditioning_step": 3}, "'conditioning_step' is for a one-step student"),
-        ({"conditioning_step": 1000}, "conditioning_step is 1000, but the teacher's table has 1000 steps"),
-        ({"t_range": (0.9, 0.1)}, "No training time lies between 0.9 and 0.1"),
+        ({"conditioning_step": 1000}, "conditioning_step: 1000 is no place in the teacher's table"),
+        (
+            {"t_range": (0.9, 0.1)},
+            r"'t_range' is \[0.9, 0.1\], but its fractions of the table need 0 <= low < high <= 1",
+        ),
+        ({"gan_t_range": (0.0, 1.5)}, "'gan_t_range' is "),
+        ({"weight_discriminator": 0.0}, "would follow a discriminator that is never trained"),
+        ({"start": "runs/first/result", "regression": "pretrain"}, "both say which weights the student begins with"),
         ({"feature_layer": "middle"}, "middle"),
         ({"data": None}, "a GAN needs real samples"),
         ({"weight_gan": 0.0, "data": None, "regression": "baseline"}, "without data nothing is measured"),
@@ -359,6 +445,31 @@ def test_bad_fields_are_refused_in_a_sentence(fields, message, tmp_path):
     values = {"method": "dmd2", **{k: v for k, v in {**POINTS, **fields}.items() if k != "settings"}}
     with pytest.raises(UserError, match=message):
         run_recipe(build_recipe(values), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"student_steps": [999, 249, 499]}, "descends"),
+        ({"student_steps": [499, 249]}, "student_steps: A few-step schedule starts at the last step 999"),
+        ({"conditioning_step": 1000}, "conditioning_step: 1000 is no place"),
+        ({"t_range": (-0.1, 0.5)}, "'t_range'"),
+        ({"gan_t_range": (0.5, 0.5)}, "'gan_t_range'"),
+        ({"teacher": {**POINTS["teacher"], "schedule": "vp"}, "teacher_steps": 1001}, "teacher_steps: A sampler takes"),
+    ],
+)
+def test_what_is_wrong_before_any_teacher_is_trained_is_said_before(fields, message):
+    values = {"method": "dmd2", **{k: v for k, v in {**POINTS, **fields}.items() if k != "settings"}}
+    with pytest.raises(UserError, match=message):
+        build_recipe(values)
+
+
+def test_times_are_checked_against_the_table_that_a_pretrained_teacher_names():
+    net, short = PointDenoiser(2, 16, 3, num_class_embeds=4), {"kind": "edm", "num_train_timesteps": 100}
+    with pytest.raises(UserError, match="student_steps: A few-step schedule starts at the last step 99"):
+        build_recipe(
+            {"method": "dmd2", "data": RING, "teacher": pretrained(net, schedule=short), "student_steps": [999, 9]}
+        )
 
 
 def pretrained(net, **fields):
@@ -450,6 +561,88 @@ def test_without_data_a_pretrained_teacher_is_distilled_from_noise_alone(tmp_pat
     )
     result = run_recipe(recipe, tmp_path / "run")
     assert result.sample(3, torch.tensor([0, 4, 1])).shape == (3, 1, 8, 8)
+
+
+def image_denoiser(diffusers, **fields):
+    given = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8,),
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "add_attention": False,
+        "num_class_embeds": 11,
+    }
+    return diffusers.UNet2DModel(**{**given, **fields})
+
+
+BLIND = {"data": None, "weight_gan": 0, "num_steps": 2, "batch_size": 16, "teacher_steps": 2, "guidance_scale": 2.0}
+
+
+def seen_classes(net, monkeypatch, out, **teacher):
+    """The classes that a student is trained for without data, and the process that it ends with."""
+    drawn = []
+    original = Process.drawn
+    monkeypatch.setattr(Process, "drawn", lambda *args: drawn.append(found := original(*args)) or found)
+    values = {**BLIND, "teacher": pretrained(net, **teacher), "run": {"threads": 1, "device": "cpu"}}
+    result = run_recipe(build_recipe({"method": "dmd2", **values}), out)
+    return set(torch.cat([one["labels"] for one in drawn]).tolist()), result
+
+
+def test_without_data_a_dits_null_class_is_no_class(tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    net = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=1,
+        out_channels=1,
+        num_layers=1,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=3,
+        norm_num_groups=1,
+    )
+    fields = {"schedule": "vp", "prediction": "epsilon"}
+    classes, result = seen_classes(net, monkeypatch, tmp_path / "run", **fields)
+    assert classes == {0, 1, 2}
+    assert (result.student.process.classes, result.student.process.null) == (3, 3)
+    assert Process.of(net, VPNoise(), "epsilon", None).null_condition(torch.tensor([0, 2])).tolist() == [3, 3]
+    with pytest.raises(UserError, match="one of 4 classes, of which 3 stands for none, and the data has 4"):
+        Process.of(net, VPNoise(), "epsilon", Facts({"pixel_values": (1, 8, 8)}, num_classes=4))
+
+
+def test_without_data_the_teacher_names_its_null_class(tmp_path, monkeypatch):
+    net = image_denoiser(pytest.importorskip("diffusers"))
+    with pytest.raises(
+        UserError, match=r"no class for 'no condition' .* say which it is with the teacher's 'null_class'"
+    ):
+        seen_classes(net, monkeypatch, tmp_path / "unnamed")
+    classes, result = seen_classes(net, monkeypatch, tmp_path / "named", null_class=10)
+    assert classes <= set(range(10))
+    assert len(classes) > 5
+    assert (result.student.process.classes, result.student.process.null) == (10, 10)
+    # The student says it of itself, so that it can be a teacher without data in its turn.
+    home = tmp_path / "named" / "result" / "student" / "unet"
+    again = run_recipe(
+        build_recipe({"method": "dmd2", **BLIND, "teacher": f"diffusers:{home.parent}:unet"}), tmp_path / "again"
+    )
+    assert (again.student.process.classes, again.student.process.null) == (10, 10)
+
+
+def test_a_null_class_that_cannot_be_is_refused():
+    diffusers = pytest.importorskip("diffusers")
+    for net, message in (
+        (image_denoiser(diffusers), "null_class: it is 11, but the teacher is told one of 11 classes from 0"),
+        (image_denoiser(diffusers, num_class_embeds=None), "null_class: it is 11, but the teacher is told no class"),
+    ):
+        with pytest.raises(UserError, match=message):
+            distil({**IMAGES, **BLIND}, teacher=pretrained(net, null_class=11))
+    with pytest.raises(UserError, match="of which 9 stands for none, and the data has 10"):
+        distil(IMAGES, teacher=pretrained(image_denoiser(diffusers), null_class=9))
+    with pytest.raises(UserError, match="beside 'conditions' give 'null_conditions'"):
+        distil(IMAGES, teacher=pretrained(image_denoiser(diffusers), null_class=10, conditions=["labels"]))
 
 
 def test_a_run_that_is_stopped_and_resumed_equals_a_straight_one(tmp_path):

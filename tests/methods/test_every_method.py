@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ TINY = {
     "sinkd": ["epochs=1", "teacher.epochs=1", "student.channels=[4, 4]", "teacher.model.channels=[8]"],
     "supervised": ["epochs=1", "model.channels=[4, 4]"],
 }
+# The stage that a method is about, for those that are killed.
+MAIN = {"datadam": "matching", "dmd2": "student", "qlae": "autoencoder", "sinkd": "student"}
 NAMES = [entry["name"] for entry in json.loads(INDEX.read_text())]
 
 
@@ -100,7 +103,7 @@ def test_a_run_that_is_stopped_everywhere_equals_a_straight_one(name, tmp_path):
     assert files(tmp_path / "stopped") == files(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("name", ["sinkd", "datadam", "dmd2", "qlae"])
+@pytest.mark.parametrize("name", sorted(MAIN))
 def test_a_run_that_is_killed_five_times_equals_a_straight_one(name, tmp_path):
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("killed.py"), tmp_path, name],
@@ -110,8 +113,17 @@ def test_a_run_that_is_killed_five_times_equals_a_straight_one(name, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    lives = [line.split() for line in done.stdout.splitlines()]
-    assert [life[2] for life in lives] == ["-9"] * 5, "every life but the last is to end by a kill"
+    lives = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [life["code"] for life in lives] == [-9] * 5 + [0], "every life but the last is to end by a kill"
+    assert [life["kind"] for life in lives].count("write") == 1
+    # A life that was ended within the main stage left checkpoints of it, and the next one goes on from the newest.
+    continued = [
+        (life["left"][-1], after["begun"])
+        for life, after in pairwise(lives)
+        if life["at"][:2] == [".", MAIN[name]] and life["left"]
+    ]
+    assert len(continued) >= 2
+    assert [begun for _, begun in continued] == [[".", MAIN[name], step] for step, _ in continued]
     assert files(tmp_path / "killed") == files(tmp_path / "straight")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -40,7 +41,7 @@ from stillhouse.methods.generators.teacher import DiffusionTeacher, Teacher
 from stillhouse.models import bottleneck, count_parameters, fingerprint, load
 from stillhouse.modules.discriminator import BottleneckDiscriminator
 from stillhouse.modules.lora import add_lora, merge_lora
-from stillhouse.modules.noise import Condition
+from stillhouse.modules.noise import Condition, NoiseSchedule
 from stillhouse.modules.samplers import backward_simulation
 
 GENERATED = "generated"
@@ -169,6 +170,29 @@ class DMD2(Generating):
             raise ValueError(
                 "'regression' is 'baseline', but without data nothing is measured: give 'data', or set none"
             )
+        if self.start is not None and self.regression == "pretrain":
+            raise ValueError(
+                "'start' and regression=pretrain both say which weights the student begins with; leave one of them out"
+            )
+        if self.adversarial and self.weight_discriminator == 0:
+            raise ValueError(
+                "'weight_discriminator' is 0, so the student would follow a discriminator that is never trained; give it a "
+                "weight, or set weight_gan=0"
+            )
+        steps = self.student_steps
+        if steps is not None and (not steps or steps[-1] < 0 or any(b >= a for a, b in pairwise(steps))):
+            raise ValueError(f"'student_steps' is {list(steps)}, but a few-step schedule descends to at least 0")
+        for name in ("t_range", "gan_t_range"):
+            low, high = getattr(self, name)
+            if not 0 <= low < high <= 1:
+                raise ValueError(
+                    f"'{name}' is [{low}, {high}], but its fractions of the table need 0 <= low < high <= 1"
+                )
+        if self.teacher.foreseen is not None:
+            try:
+                self._check_times(self.teacher.foreseen)
+            except UserError as error:
+                raise ValueError(str(error)) from None
         return self
 
     @property
@@ -178,13 +202,15 @@ class DMD2(Generating):
 
     def times(self, process: Process) -> Num[Tensor, "steps"]:
         """The student's descending times."""
-        schedule = process.schedule
+        return self._times(process.schedule)
+
+    def _times(self, schedule: NoiseSchedule) -> Num[Tensor, "steps"]:
         if self.student_steps is not None:
             return schedule.at(self.student_steps)
         step = schedule.num_train_timesteps - 1 if self.conditioning_step is None else self.conditioning_step
         if step >= schedule.num_train_timesteps:
             raise UserError(
-                f"conditioning_step is {step}, but the teacher's table has {schedule.num_train_timesteps} steps, from 0."
+                f"{step} is no place in the teacher's table, which has {schedule.num_train_timesteps} steps from 0."
             )
         return schedule.times[[step]]
 
@@ -194,8 +220,9 @@ class DMD2(Generating):
         """The teacher, perhaps pairs of it, the student, the comparison."""
         facts: Facts | None = run.data.facts if self.data is not None else None
         teacher = yield from self.teacher.ready(run, facts)
-        process, times = teacher.process, self.times(teacher.process)
+        process = teacher.process
         self._check(process)
+        times = self.times(process)
         print_ = fingerprint(teacher.net)
         full = self.sampled(teacher)
         compared = {"teacher": full, f"teacher-{len(times)}-step": self.sampled(teacher, len(times))}
@@ -379,11 +406,22 @@ class DMD2(Generating):
     def regress(self, run: Run, teacher: Teacher, full: Diffusion) -> Generator[Compute | Stage, Any, nn.Module]:
         """A one-step student trained on noise and the teacher's sample from it: the plain baseline, or a start."""
         process = teacher.process
-        parts: list[Any] = [fingerprint(teacher.net), process.schedule.digest(), process.prediction, full.sampler]
-        parts += [self.teacher_steps, self.guidance_scale, self.regression_pairs, run.seed, torch.__version__]
-        if self.data is not None:
-            parts.append(run.data.fingerprint)
-        stored = yield Compute("pairs", lambda _: self.pairs(run, full), key=json.dumps(["pairs", 1, *parts]))
+        key = {
+            "pairs": 2,
+            "teacher": fingerprint(teacher.net),
+            # Heads of attention, activations and the like are in no weight.
+            "network": [type(teacher.net).__qualname__, _architecture(teacher.net)],
+            "process": process.key(),
+            "sampler": [full.sampler, self.teacher_steps, self.guidance_scale],
+            # Batches of another size and sums over threads are rounded otherwise.
+            "count": [self.regression_pairs, self.eval_batch_size],
+            "seed": run.seed,
+            "data": run.data.fingerprint if process.fields else None,
+            "torch": torch.__version__,
+            "device": run.world.device.type,
+            "threads": torch.get_num_threads(),
+        }
+        stored = yield Compute("pairs", lambda _: self.pairs(run, full), key=json.dumps(key, sort_keys=True))
         facts = Facts({"noise": process.shape, "target": process.shape}, task="unlabelled")
         pairs = Split("pairs", facts, stored)
         net = trainable_copy(teacher.net)
@@ -404,23 +442,20 @@ class DMD2(Generating):
 
     def pairs(self, run: Run, full: Diffusion) -> dict[str, Tensor]:
         """Noise, the teacher's samples from it, and what they are conditioned on."""
-        process, device = full.process, run.world.device
+        process, device, count = full.process, run.world.device, self.regression_pairs
         full.net.to(device)
-        found: dict[str, list[Tensor]] = {}
-        for start in range(0, self.regression_pairs, self.eval_batch_size):
-            count = min(self.eval_batch_size, self.regression_pairs - start)
-            noise = torch.randn(count, *process.shape)
-            given: dict[str, Tensor] = {}
-            if process.fields:
-                # Conditions may be far larger than samples: what is kept is where they are.
-                given = {"at": torch.randint(len(run.data.split("train")), (count,))}
-            elif process.classes is not None:
-                given = {"labels": torch.randint(process.classes, (count,))}
-            condition = self._looked_up(process, run, {name: value.to(device) for name, value in given.items()})
-            target = full(noise.to(device), condition).cpu()
-            for name, value in {"noise": noise, "target": target, **given}.items():
-                found.setdefault(name, []).append(value)
-        return {name: torch.cat(values) for name, values in found.items()}
+        # All draws come first, so that they do not depend on how many samples are made at once.
+        found = {"noise": torch.randn(count, *process.shape)}
+        if process.fields:
+            # Conditions may be far larger than samples: what is kept is where they are.
+            found["at"] = torch.randint(len(run.data.split("train")), (count,))
+        elif process.classes is not None:
+            found["labels"] = torch.randint(process.classes, (count,))
+        targets = []
+        for start in range(0, count, self.eval_batch_size):
+            part = {name: value[start : start + self.eval_batch_size].to(device) for name, value in found.items()}
+            targets.append(full(part["noise"], self._looked_up(process, run, part)).cpu())
+        return {**found, "target": torch.cat(targets)}
 
     def regression_loss(self, process: Process, time: Num[Tensor, "1"], m: Modules, batch: Batch, run: Run) -> Losses:
         """Squared error between the one-step sample and the teacher's from the same noise."""
@@ -441,10 +476,29 @@ class DMD2(Generating):
         if self.guidance_scale != 1 and process.null is None and not process.fields:
             raise UserError(
                 f"guidance_scale is {self.guidance_scale}, but the teacher has no class for 'no condition' to guide away from; "
-                "use 1, or a teacher trained with such a class."
+                "use 1, a teacher trained with such a class, or say which it is with the teacher's 'null_class'."
             )
-        for low, high in (self.t_range, self.gan_t_range):
-            process.schedule.draw(torch.zeros(1), low, high)
+        self._check_times(process.schedule)
+
+    def _check_times(self, schedule: NoiseSchedule) -> None:
+        """Refuse times that are not in the teacher's table."""
+        checks: dict[str, Callable[[], Any]] = {
+            "conditioning_step" if self.student_steps is None else "student_steps": lambda: self._times(schedule),
+            "t_range": lambda: schedule.draw(torch.zeros(1), *self.t_range),
+            "gan_t_range": lambda: schedule.draw(torch.zeros(1), *self.gan_t_range),
+            "teacher_steps": lambda: schedule.grid(self.teacher_steps),
+        }
+        for name, check in checks.items():
+            try:
+                check()
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+
+
+def _architecture(net: nn.Module) -> dict[str, Any]:
+    """The config of a network of diffusers, without where it came from."""
+    config: Mapping[str, Any] = getattr(net, "config", {})
+    return {name: str(value) for name, value in config.items() if not name.startswith("_")}
 
 
 def generated_condition(process: Process, batch: Batch) -> Condition:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float, Num
 from pydantic import Field
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from stillhouse.data import Batch
@@ -73,8 +75,12 @@ class Process:
         facts: Facts | None,
         fields: tuple[str, ...] = (),
         null_fields: Mapping[str, Tensor] | None = None,
+        null: int | None = None,
     ) -> Process:
         """The process of a network on data with these facts; the network's own shape where there is no data.
+
+        Which class stands for none follows from ``null``, from the config of a DiT, or from the data, which then have one
+        class less than the network. Without any of them all that the network is told are classes.
 
         Raises:
             UserError: samples or conditions of the network and of the data do not fit.
@@ -85,7 +91,14 @@ class Process:
             len(embedding.weight) if isinstance(embedding, nn.Embedding) else None
         )
         if told is None and config.get("num_embeds_ada_norm"):
-            told = config["num_embeds_ada_norm"] + 1  # DiT counts its classes without the one that stands for none.
+            # DiT counts its classes without the one that stands for none.
+            null = config["num_embeds_ada_norm"] if null is None else null
+            told = config["num_embeds_ada_norm"] + 1
+        if null is not None and not 0 < null < (told or 0):
+            raise UserError(
+                f"null_class: it is {null}, but the teacher is told "
+                + (f"one of {told} classes from 0, and it must follow the others." if told else "no class.")
+            )
         channels, side = config.get("in_channels"), config.get("sample_size")
         own = (channels, *(side if isinstance(side, list | tuple) else (side, side))) if channels and side else None
         if facts is None:
@@ -95,7 +108,7 @@ class Process:
                 raise UserError(
                     "data: the teacher's conditions are tensors of the data, and there is no data; give 'data'."
                 )
-            return cls(schedule, prediction, own, told)
+            return cls(schedule, prediction, own, told if null is None else null, null)
         shape = facts.inputs.get("pixel_values", facts.inputs.get("features", facts.input_shape))
         if own is not None and shape != own:
             raise UserError(
@@ -109,10 +122,28 @@ class Process:
             return cls(schedule, prediction, shape, None, None, shapes, null_fields or {})
         if facts.num_classes is None:
             raise UserError(f"data: the teacher is told one of {told} classes, and the data has no class labels.")
-        if not facts.num_classes <= told <= facts.num_classes + 1:
-            raise UserError(f"data: the teacher is told one of {told} classes, and the data has {facts.num_classes}.")
-        null = facts.num_classes if told == facts.num_classes + 1 else None
+        if null is None and told == facts.num_classes + 1:
+            null = facts.num_classes
+        if facts.num_classes != (told if null is None else null):
+            raise UserError(
+                f"data: the teacher is told one of {told} classes"
+                + (f", of which {null} stands for none" if null is not None else "")
+                + f", and the data has {facts.num_classes}."
+            )
         return cls(schedule, prediction, shape, facts.num_classes, null)
+
+    def key(self) -> dict[str, Any]:
+        """All that samples depend on besides the network's weights and the noise, in JSON's types, for cache keys."""
+        nulls = save_tensors({name: value.contiguous() for name, value in self.null_fields.items()})
+        return {
+            "schedule": self.schedule.digest(),
+            "prediction": self.prediction,
+            "shape": list(self.shape),
+            "classes": self.classes,
+            "null": self.null,
+            "fields": {name: list(shape) for name, shape in self.fields.items()},
+            "null_fields": hashlib.sha256(nulls).hexdigest(),
+        }
 
     def condition(self, entries: Mapping[str, Tensor]) -> Condition:
         """What the network is conditioned on, from a batch or a part of one."""
@@ -243,12 +274,13 @@ class Diffusion(nn.Module):
         """Write the network (``unet/``, by diffusers where it is diffusers' own), its scheduler and ``process.json``.
 
         ``process.json`` holds what a scheduler's config cannot say (the student's times, parameterisations that
-        diffusers lacks).
+        diffusers lacks, the class that stands for none).
         """
         save(self.net, directory / "unet")
         description = {
             "schedule": self.process.schedule.dump(),
             "prediction": self.process.prediction,
+            "null_class": self.process.null,
             "sampler": self.sampler,
             "times": self.times.tolist(),
         }

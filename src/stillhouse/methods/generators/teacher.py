@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -62,6 +62,11 @@ class DiffusionTeacher(Tagged):
         member = PretrainedDiffusion if _has_weights(model) else TrainedDiffusion
         return member(model=model, **fields)  # type: ignore[return-value]
 
+    @property
+    def foreseen(self) -> NoiseSchedule | None:
+        """The forward process, where it is known before anything is loaded or trained."""
+        return None
+
     def ready(self, run: Run, facts: Facts | None, name: str = "teacher") -> Generator[SubRun, Any, Teacher]:
         """Train or load the teacher: ``teacher = yield from self.teacher.ready(run, facts)``."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it gets ready.")
@@ -86,22 +91,43 @@ class PretrainedDiffusion(DiffusionTeacher):
     null_conditions: str | None = Field(
         None, description="safetensors file with their values for 'no condition', for guidance; zeros when not given"
     )
+    null_class: int | None = Field(
+        None,
+        ge=1,
+        description="class label that it takes for 'no condition', after all others; when not given, as process.json says, a "
+        "DiT's last, or the one that it has more than the data",
+    )
+
+    @model_validator(mode="after")
+    def _one_kind_of_condition(self) -> Self:
+        if self.conditions and self.null_class is not None:
+            raise ValueError("'null_class' is for class labels; beside 'conditions' give 'null_conditions'")
+        return self
+
+    @property
+    def foreseen(self) -> NoiseSchedule | None:
+        """What the field says."""
+        return self.schedule
 
     def ready(self, run: Run, facts: Facts | None, name: str = "teacher") -> Generator[SubRun, Any, Teacher]:
         """Load it."""
         yield from ()
-        saved = self._saved() if self.schedule is None or self.prediction is None else None
-        if saved is None and (self.schedule is None or self.prediction is None):
+        told = self.schedule is not None and self.prediction is not None
+        written = self._written() or (None if told else self._scheduler())
+        schedule, prediction = self.schedule, self.prediction
+        if written is not None:
+            schedule, prediction = schedule or written.schedule, prediction or written.prediction
+        if schedule is None or prediction is None:
             raise UserError(
                 f"teacher: nothing says which process the model {self.model.kind!r} was trained on; give 'schedule' (edm, vp "
                 "or flow) and 'prediction'."
             )
-        schedule = self.schedule or saved[0]  # type: ignore[index]
-        prediction: Prediction = self.prediction or saved[1]  # type: ignore[index]
         check_prediction(schedule, prediction)
+        null = self.null_class
+        if null is None and written is not None and not self.conditions:
+            null = written.null_class
         net = self.model.build(facts or Facts({"pixel_values": ()}))
-        process = Process.of(net, schedule, prediction, facts, self.conditions, self._null())
-        return Teacher(net, process)
+        return Teacher(net, Process.of(net, schedule, prediction, facts, self.conditions, self._null(), null))
 
     def _null(self) -> dict[str, Tensor]:
         if self.null_conditions is None:
@@ -112,34 +138,43 @@ class PretrainedDiffusion(DiffusionTeacher):
             raise UserError(f"null_conditions: {self.null_conditions} cannot be read: {error}.") from None
         return found
 
-    def _saved(self) -> tuple[NoiseSchedule, Prediction] | None:
-        """The process that is written beside the network."""
+    def _homes(self) -> list[Path]:
+        """Directories that may say what the process is."""
         if isinstance(self.model, FileSpec):
-            homes = [Path(self.model.path).expanduser(), Path(self.model.path).expanduser().parent]
-        elif isinstance(self.model, DiffusersSpec) and self.model.name is not None:
-            homes = [Path(self.model.name).expanduser()]
-        else:
-            return None
-        for home in homes:
+            return [Path(self.model.path).expanduser(), Path(self.model.path).expanduser().parent]
+        if isinstance(self.model, DiffusersSpec) and self.model.name is not None:
+            return [Path(self.model.name).expanduser()]
+        return []
+
+    def _written(self) -> Written | None:
+        """The process as stillhouse wrote it beside the network."""
+        for home in self._homes():
             if (home / "process.json").is_file():
                 description = json.loads((home / "process.json").read_text())
-                found: Written = read(
+                return read(  # type: ignore[no-any-return]
                     Written, {key: description.get(key) for key in Written.model_fields}, where=str(home)
                 )
-                return found.schedule, found.prediction
+        return None
+
+    def _scheduler(self) -> Written | None:
+        """The process of the scheduler that diffusers wrote beside the network."""
+        config: Any = None
+        for home in self._homes():
             if (home / "scheduler" / "scheduler_config.json").is_file():
-                return from_diffusers(json.loads((home / "scheduler" / "scheduler_config.json").read_text()))
-        if isinstance(self.model, DiffusersSpec) and self.model.name is not None:
-            library = diffusers()
+                config = json.loads((home / "scheduler" / "scheduler_config.json").read_text())
+                break
+        else:
+            if not isinstance(self.model, DiffusersSpec) or self.model.name is None:
+                return None
             try:
-                config = library.SchedulerMixin.load_config(
+                config = diffusers().SchedulerMixin.load_config(
                     self.model.name, subfolder="scheduler", revision=self.model.revision
                 )
             except (OSError, ValueError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
                 raise UserError(f"The scheduler of {self.model.name!r} could not be read: {reason}.") from None
-            return from_diffusers(config)
-        return None
+        schedule, prediction = from_diffusers(config)
+        return Written(schedule=schedule, prediction=prediction)
 
 
 class Written(Spec):
@@ -147,6 +182,7 @@ class Written(Spec):
 
     schedule: NoiseSchedule
     prediction: Prediction
+    null_class: int | None = None
 
 
 class TrainedDiffusion(DenoiserTraining, DiffusionTeacher):
@@ -161,6 +197,11 @@ class TrainedDiffusion(DenoiserTraining, DiffusionTeacher):
     data: DataSpec | None = Field(None, description="its data set; the student's when not given")
     seed: int = Field(0, ge=0, description="its own seed, so that every run meets the same teacher")
 
+    @property
+    def foreseen(self) -> NoiseSchedule:
+        """The one that it will be trained on."""
+        return self.schedule
+
     def ready(self, run: Run, facts: Facts | None, name: str = "teacher") -> Generator[SubRun, Any, Teacher]:
         """Train it, or find it."""
         data = self.data or run.method.data
@@ -173,7 +214,9 @@ class TrainedDiffusion(DenoiserTraining, DiffusionTeacher):
         result = yield SubRun(name, method, seed=self.seed, data=run.data if self.data is None else None)
         net: nn.Module = result.model.net
         own = result.model.process
-        return Teacher(net, Process.of(net, self.schedule, self.prediction, facts) if facts is not None else own)
+        if facts is None:
+            return Teacher(net, own)
+        return Teacher(net, Process.of(net, self.schedule, self.prediction, facts, null=own.null))
 
 
 def _has_weights(model: ModelSpec) -> bool:
