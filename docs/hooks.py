@@ -173,8 +173,10 @@ def tests(room: str) -> str:
     return "\n\n".join(parts)
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float | None]) -> str:
     """Mean and standard deviation, with as many digits as the deviation supports."""
+    if None in values:
+        return "not finite"
     if not values:
         return ""
     mean = statistics.fmean(values)
