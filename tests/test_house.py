@@ -70,6 +70,7 @@ def test_a_recorded_result_belongs_to_the_claim_as_it_stands(name):
     assert (recorded["claim"], recorded["remark"]) == (claim.statement, claim.remark)
     assert recorded["seeds"] == list(claim.seeds)
     assert set(recorded["arms"]) == set(claim.arms)
+    assert recorded["recipes"] == claim.digests(), "an arm has changed since it was run"
     assert recorded["margins"] == [judge(margin, recorded["arms"]) for margin in claim.margins]
     assert recorded["holds"] == all(margin["holds"] for margin in recorded["margins"])
     assert recorded["holds"] or claim.remark, "a failed claim says why"

@@ -70,6 +70,19 @@ def test_one_seed_has_no_interval_and_is_never_clear():
     assert (found["std"], found["interval"], found["holds"], found["clear"]) == (None, None, True, False)
 
 
+def test_a_number_that_is_not_finite_fails_and_is_named():
+    arms = {"ours": {"m": [0.9, None]}, "theirs": {"m": [0.1, 0.2]}}
+    found = judge(Margin("ours", "theirs", "m", by=0.1), arms)
+    assert (found["measured"], found["holds"]) == (None, False)
+    assert "ours has a value that is not finite" in found["finding"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_nothing_is_relative_to_nothing():
+    found = judge(Margin("ours", "theirs", "m", by=0.1, ratio=True), {"ours": {"m": [1.0]}, "theirs": {"m": [0.0]}})
+    assert (found["measured"], found["holds"]) == (None, False)
+
+
 def test_arms_lie_over_the_base_key_by_key_but_another_kind_replaces():
     claim = Claim("x", "", {"model": {"kind": "mlp", "widths": [8]}, "epochs": 2}, {}, [])
     arms = {"a": {"model": {"widths": [4]}}, "b": {"model": {"kind": "vit"}}}
@@ -88,6 +101,8 @@ def test_an_outcome_has_every_number_and_the_margin_that_decides(tmp_path):
     assert (outcome.measured, outcome.margin) == (outcome.margins[1]["measured"], 2.0)
     assert outcome.seconds > 0
     assert {"torch", "python", "processor"} <= set(outcome.environment)
+    assert len(outcome.sources) == 1
+    assert set(outcome.recipes) == set(outcome.arms)
     stored = json.loads(outcome.save(tmp_path).read_text())
     assert {"name", "claim", "holds", "measured", "margin", "seeds", "seconds", "command", "date"} <= set(stored)
     assert (stored["name"], stored["seeds"], stored["command"]) == ("kd", [0, 1], "stillhouse claims kd")
@@ -101,6 +116,24 @@ def test_what_finished_is_not_repeated(tmp_path):
     assert first.command == "stillhouse claims kd --seeds 1"
     for arm, numbers in first.arms.items():
         assert second.arms[arm]["test/accuracy"][:1] == numbers["test/accuracy"]
+
+
+def test_a_record_tells_of_the_runs_and_not_of_the_judging(tmp_path):
+    first = run_claim(supervised(), seeds=1, home=tmp_path)
+    about = json.loads((tmp_path / "wide-0" / "run.json").read_text())
+    about["environment"] |= {"torch": "0.0", "source": "elsewhere"}
+    (tmp_path / "wide-0" / "run.json").write_text(json.dumps(about))
+    again = run_claim(supervised(), seeds=1, home=tmp_path)
+    assert again.date == first.date
+    assert again.environment["torch"] == "0.0"
+    assert "elsewhere" in again.sources
+    assert len(again.sources) == 2
+
+
+def test_a_changed_arm_has_another_digest():
+    claim = supervised()
+    changed = Claim(claim.name, "", {**claim.base, "epochs": 2}, claim.arms, claim.margins)
+    assert set(claim.digests().values()).isdisjoint(changed.digests().values())
 
 
 def test_an_interrupted_claim_goes_on_to_the_same_numbers(tmp_path):

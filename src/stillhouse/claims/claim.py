@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.util import find_spec
@@ -83,6 +84,11 @@ class Claim:
         """The recipe values of an arm; nested mappings are merged."""
         return _merged(self.base, self.arms[arm])
 
+    def digests(self) -> dict[str, str]:
+        """A digest of each arm's values."""
+        texts = {arm: json.dumps(self.values(arm), sort_keys=True) for arm in self.arms}
+        return {arm: hashlib.sha256(text.encode()).hexdigest()[:12] for arm, text in texts.items()}
+
 
 @dataclass
 class Outcome:
@@ -97,25 +103,29 @@ class Outcome:
         seeds: the seeds.
         seconds: what all runs took together, teachers that were trained on the way included.
         command: what repeats it.
-        date: when it was judged (UTC).
-        arms: arm to metric to a number per seed.
+        date: when the last of the runs ended (UTC).
+        arms: arm to metric to a number per seed; None where it is not finite.
         margins: each inequality as :func:`judge` gives it.
-        environment: versions and machine.
+        environment: versions and machine of the runs, as the first of them wrote them down.
+        sources: digests of the package's source that the runs were made with; more than one says that it changed meanwhile.
+        recipes: arm to the digest of its values, by which a later change of the claim is found.
         remark: the claim's remark.
     """
 
     name: str
     claim: str
     holds: bool
-    measured: float
+    measured: float | None
     margin: float
     seeds: list[int]
     seconds: float
     command: str
     date: str
-    arms: dict[str, dict[str, list[float]]]
+    arms: dict[str, dict[str, list[float | None]]]
     margins: list[dict[str, Any]]
-    environment: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any]
+    sources: list[str]
+    recipes: dict[str, str]
     remark: str = ""
 
     def save(self, directory: Path) -> Path:
@@ -182,21 +192,27 @@ def run_claim(
             f"--seeds is {seeds}, but the claim {claim.name} has {len(claim.seeds)} seeds; ask for 1 to all."
         )
     chosen = list(claim.seeds)[:seeds]
-    arms: dict[str, dict[str, list[float]]] = {}
-    seconds = 0.0
+    arms: dict[str, dict[str, list[float | None]]] = {}
+    about = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment()}
+    made: list[dict[str, Any]] = []
+    seconds, ended = 0.0, 0.0
     for arm in claim.arms:
-        numbers: dict[str, list[float]] = {metric: [] for metric in claim.recorded()}
+        numbers: dict[str, list[float | None]] = {metric: [] for metric in claim.recorded()}
         for seed in chosen:
             recipe = build_recipe({**claim.values(arm), "seed": seed}, where=f"claim {claim.name}, arm {arm}")
             out = home / f"{arm}-{seed}"
             measured = _finished(out, recipe.dump())
             if measured is None:
-                measured = run_recipe(recipe, out, listener=listener(arm, seed), signals=signals).metrics
+                told = {**about, "command": ["stillhouse", "claims", claim.name]}
+                run_recipe(recipe, out, listener=listener(arm, seed), signals=signals, about=told)
+                measured = json.loads((out / "metrics.json").read_text())
             for metric in numbers:
                 if metric not in measured:
                     raise UserError(f"claim {claim.name}, arm {arm}: the run measures no {metric!r}.")
                 numbers[metric].append(measured[metric])
             seconds += sum(json.loads((out / "cost.json").read_text()).values())
+            ended = max(ended, (out / "metrics.json").stat().st_mtime)
+            made.append(_environment(out))
         arms[arm] = numbers
     margins = [judge(margin, arms) for margin in claim.margins]
     deciding = next((margin for margin in margins if not margin["holds"]), margins[0])
@@ -210,30 +226,43 @@ def run_claim(
         seeds=chosen,
         seconds=round(seconds, 1),
         command=f"stillhouse claims {claim.name}{short}",
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        date=datetime.fromtimestamp(ended, UTC).isoformat(timespec="seconds"),
         arms=arms,
         margins=margins,
-        environment=environment(),
+        environment={key: value for key, value in made[0].items() if key != "source"},
+        sources=sorted({str(one.get("source", "unknown")) for one in made}),
+        recipes=claim.digests(),
         remark=claim.remark,
     )
 
 
-def judge(margin: Margin, arms: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+def judge(margin: Margin, arms: Mapping[str, Mapping[str, Sequence[float | None]]]) -> dict[str, Any]:
     """Compare two arms, seed by seed.
 
     Args:
         margin: what is asked.
-        arms: arm to metric to a number per seed.
+        arms: arm to metric to a number per seed; None is one that is not finite.
 
     Returns:
         The margin's attributes and ``measured`` (mean over seeds of the differences, positive where ``better`` is
         better), ``std`` of the differences and ``interval`` (95 %, Student's t), both None for a single seed, ``holds``
-        (the mean reaches ``by``), ``clear`` (the interval does not reach over ``by``) and ``finding``, a sentence.
+        (the mean reaches ``by``), ``clear`` (the interval does not reach over ``by``) and ``finding``, a sentence. With a
+        number that is not finite the margin fails, and ``measured`` is None.
     """
-    ours = arms[margin.better][margin.metric]
-    theirs = [0.0] * len(ours) if margin.than is None else arms[margin.than][margin.metric]
+    against = "" if margin.than is None else f" over {margin.than}"
+    where = f"{margin.better}{against} in {margin.metric}"
+    compared = {arm: list(arms[arm][margin.metric]) for arm in (margin.better, margin.than) if arm is not None}
+    broken = [arm for arm, values in compared.items() if None in values]
+    ours = [value for value in compared[margin.better] if value is not None]
+    theirs = [0.0] * len(ours)
+    if margin.than is not None:
+        theirs = [value for value in compared[margin.than] if value is not None]
+    scale = abs(statistics.fmean(theirs)) if margin.ratio and theirs else 1.0
+    if broken or scale == 0:
+        why = f"{' and '.join(broken)} has a value that is not finite" if broken else "it is relative to a mean of 0"
+        failed = {"measured": None, "std": None, "interval": None, "holds": False, "clear": True}
+        return {**asdict(margin), **failed, "finding": f"{where}: {why}, asked {margin.by:+g}: fails"}
     sign = 1 if margin.mode == "max" else -1
-    scale = abs(statistics.fmean(theirs)) if margin.ratio else 1.0
     differences = [sign * (a - b) / scale for a, b in zip(ours, theirs, strict=True)]
     mean, count = statistics.fmean(differences), len(differences)
     holds = mean >= margin.by
@@ -246,7 +275,6 @@ def judge(margin: Margin, arms: Mapping[str, Mapping[str, Sequence[float]]]) -> 
         interval = [mean - half, mean + half]
         within = f"95 % interval {interval[0]:+.3g} to {interval[1]:+.3g}"
     clear = interval is not None and (interval[0] >= margin.by if holds else interval[1] < margin.by)
-    against = "" if margin.than is None else f" over {margin.than}"
     unit = " of its mean" if margin.ratio else ""
     verdict = ("holds" if holds else "fails") + ("" if clear else ", within noise")
     return {
@@ -256,9 +284,7 @@ def judge(margin: Margin, arms: Mapping[str, Mapping[str, Sequence[float]]]) -> 
         "interval": interval,
         "holds": holds,
         "clear": clear,
-        "finding": (
-            f"{margin.better}{against} in {margin.metric}: {mean:+.4g}{unit} ({within}), asked {margin.by:+g}: {verdict}"
-        ),
+        "finding": f"{where}: {mean:+.4g}{unit} ({within}), asked {margin.by:+g}: {verdict}",
     }
 
 
@@ -266,12 +292,19 @@ def _module(name: str) -> str:
     return f"stillhouse.claims.{name.replace('-', '_')}"
 
 
-def _finished(out: Path, values: Mapping[str, Any]) -> dict[str, float] | None:
+def _environment(out: Path) -> dict[str, Any]:
+    """What a run wrote down of versions and machine; nothing where it was made in another way."""
+    path = out / "run.json"
+    found: dict[str, Any] = json.loads(path.read_text()).get("environment", {}) if path.exists() else {}
+    return found
+
+
+def _finished(out: Path, values: Mapping[str, Any]) -> dict[str, float | None] | None:
     if not (out / "metrics.json").exists() or not (out / "recipe.yaml").exists():
         return None
     if load_recipe(out / "recipe.yaml").dump() != values:
         raise UserError(f"{out} holds a run of another recipe; remove it or choose another directory.")
-    measured: dict[str, float] = json.loads((out / "metrics.json").read_text())
+    measured: dict[str, float | None] = json.loads((out / "metrics.json").read_text())
     return measured
 
 

@@ -28,15 +28,16 @@ claim = Claim(
         "(InfoE) as an autoencoder's, decay adds to their modularity, and reconstruction stays within 2 dB."
     ),
     base={
-        "data": {"kind": "scenes", "pixels": "unit", "held_out": 0},
-        "num_steps": 1000,
+        "data": {"kind": "scenes", "size": 16, "pixels": "unit", "held_out": 0},
+        "num_steps": 6000,
         "batch_size": 64,
         "run": {"threads": 1},
     },
     arms={
         "qlae": arm("qlae", "per_latent"),
         "qlae-no-decay": arm("qlae", "per_latent", weight_decay=0.0),
-        "autoencoder": arm("autoencoder", "none"),
+        "qlae-decay-1": arm("qlae", "per_latent", weight_decay=1.0),
+        "autoencoder": arm("autoencoder", "none", clip_value=1.0),
         "autoencoder-decay": arm("autoencoder", "none", weight_decay=0.1, clip_value=1.0),
         "beta-tcvae": arm("beta-tcvae", "gaussian"),
     },
@@ -49,11 +50,14 @@ claim = Claim(
     metrics=["infoc", "mig", "dci/disentanglement"],
     seeds=(0, 1, 2),
     remark=(
-        "576 images of 32 x 32, a code of 10 latents of 8 values, small networks and 1,000 steps at batch 64, where the paper "
-        "takes 200,000 at batch 128. Modularity fails (0.01 over the autoencoder instead of 0.10); why is not established: decay "
-        "hardly acts in 1,000 steps (its time constant is 10,000), but longer runs were not made. Of what holds, explicitness "
-        "and decay are weak evidence: an autoencoder's code cut into 8 bins and measured alike reaches InfoE 0.71 against 0.73, "
-        "and +0.014 for decay is within noise. InfoM of discrete and continuous codes is not comparable at this size (random "
-        "continuous codes score 0.49 to 0.73). The decayed autoencoder is clipped and the plain one is not."
+        "576 images of 16 x 16, a code of 10 latents of 8 values, small networks, and 6,000 steps at batch 64, where "
+        "the paper takes 200,000 at batch 128. Modularity fails, and what fails it is mostly how little decay does in "
+        "so few steps: rate times decay times steps is 0.6 here and 20 in the paper. With ten times the decay (qlae- "
+        "decay-1, in sum 6) InfoM rises by 0.12 in the mean and in every seed, DCI disentanglement from 0.27 to 0.49, "
+        "explicitness stays, and 2.6 dB of PSNR are lost; InfoM is then 0.07 over the autoencoder's, still short of "
+        "0.10. InfoM compares two estimates besides: of a quantised code it is counted, of a continuous one it comes "
+        "from nearest neighbours, where even random codes score about 0.65 (0.10 when quantised), so the "
+        "autoencoders' figures are too high; DCI, which treats both alike, has QLAE ahead at every decay. "
+        "Explicitness holds in every seed."
     ),
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ def environment() -> dict[str, Any]:
 
     Returns:
         Plain values by name: ``python``, ``platform``, the installed ones of :data:`PACKAGES`, ``processor``, ``cores``,
-        ``threads`` and, where there is one, ``accelerator`` with ``cuda`` for NVIDIA's.
+        ``threads``, ``source`` (a digest of this package's Python files, which between releases says more than the
+        version) and, where there is one, ``accelerator`` with ``cuda`` for NVIDIA's.
     """
     import torch
 
@@ -29,6 +32,7 @@ def environment() -> dict[str, Any]:
     found["processor"] = _processor()
     found["cores"] = os.cpu_count()
     found["threads"] = torch.get_num_threads()
+    found["source"] = source_digest()
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         found["accelerator"] = torch.cuda.get_device_name() + (f" x {count}" if count > 1 else "")
@@ -36,6 +40,15 @@ def environment() -> dict[str, Any]:
     elif torch.backends.mps.is_available():
         found["accelerator"] = "Apple GPU (mps)"
     return found
+
+
+@cache
+def source_digest() -> str:
+    """Twelve hexadecimal digits that stand for the Python files of this package."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def _processor() -> str:
