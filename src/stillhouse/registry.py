@@ -7,16 +7,19 @@ packages are found through the entry point group ``stillhouse.methods``.
 from __future__ import annotations
 
 import json
+import sys
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from stillhouse.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from stillhouse.engine import Method
 
+GROUP = "stillhouse.methods"
 INDEX = Path(__file__).parent / "index.json"
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -73,7 +76,21 @@ def recipes(name: str) -> dict[str, Path]:
 
 
 def _plugins() -> list[EntryPoint]:
-    return sorted(entry_points(group="stillhouse.methods"), key=lambda point: point.name)
+    if not _declared():
+        return []
+    from importlib.metadata import entry_points
+
+    return sorted(entry_points(group=GROUP), key=lambda point: point.name)
+
+
+def _declared() -> bool:
+    """Whether an installed package names the group at all: looked up in its files, which is faster than the library."""
+    homes = [Path(place or ".") for place in sys.path]
+    # What is installed in another form than a directory of files is the library's to find.
+    if any(home.is_file() for home in homes):
+        return True
+    found = (path for home in homes for path in home.glob("*-info/entry_points.txt"))
+    return any(f"[{GROUP}]" in path.read_text(encoding="utf-8", errors="replace") for path in found)
 
 
 def _plugin_entry(point: EntryPoint) -> Entry:
