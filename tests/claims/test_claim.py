@@ -169,9 +169,10 @@ def test_a_metric_that_no_run_measures_is_named(tmp_path):
         run_claim(supervised(metrics=["test/beauty"]), seeds=1, home=tmp_path)
 
 
-def test_more_seeds_than_the_claim_has_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--seeds is 3, but the claim kd has 2 seeds"):
-        run_claim(supervised(), seeds=3, home=tmp_path)
+def test_more_seeds_than_the_claim_states_follow_its_own(tmp_path):
+    outcome = run_claim(supervised(), seeds=3, home=tmp_path)
+    assert outcome.seeds == [0, 1, 2]
+    assert outcome.command == "stillhouse claims kd --seeds 3"
 
 
 def test_every_system_states_a_claim_and_classics_none():

@@ -177,21 +177,18 @@ def run_claim(
 
     Args:
         claim: the claim.
-        seeds: only the first so many seeds.
+        seeds: so many seeds in place of the claim's own number: its first ones, or all and those that follow.
         home: directory of the runs; what finished there is not repeated, what was interrupted is continued.
         listener: makes the listener of one run.
         signals: asks for a checkpoint and a stop.
 
     Raises:
-        UserError: a run of another recipe lies in ``home``, an arm does not measure what is compared, or there are fewer
-            seeds than asked for.
+        UserError: a run of another recipe lies in ``home``, or an arm does not measure what is compared.
         Interrupted: ``signals`` asked for it.
     """
-    if seeds is not None and not 1 <= seeds <= len(claim.seeds):
-        raise UserError(
-            f"--seeds is {seeds}, but the claim {claim.name} has {len(claim.seeds)} seeds; ask for 1 to all."
-        )
     chosen = list(claim.seeds)[:seeds]
+    while seeds is not None and len(chosen) < seeds:
+        chosen.append(max(chosen) + 1)
     arms: dict[str, dict[str, list[float | None]]] = {}
     about = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment()}
     made: list[dict[str, Any]] = []
@@ -216,7 +213,7 @@ def run_claim(
         arms[arm] = numbers
     margins = [judge(margin, arms) for margin in claim.margins]
     deciding = next((margin for margin in margins if not margin["holds"]), margins[0])
-    short = "" if len(chosen) == len(claim.seeds) else f" --seeds {len(chosen)}"
+    how_many = "" if len(chosen) == len(claim.seeds) else f" --seeds {len(chosen)}"
     return Outcome(
         name=claim.name,
         claim=claim.statement,
@@ -225,7 +222,7 @@ def run_claim(
         margin=deciding["by"],
         seeds=chosen,
         seconds=round(seconds, 1),
-        command=f"stillhouse claims {claim.name}{short}",
+        command=f"stillhouse claims {claim.name}{how_many}",
         date=datetime.fromtimestamp(ended, UTC).isoformat(timespec="seconds"),
         arms=arms,
         margins=margins,
