@@ -49,6 +49,7 @@ def test_overrides_are_read_by_the_type_of_their_field(override, read):
         (["temperature=.inf"], "temperature: input should be a finite number, not inf"),
         (["student.chanels=[1]"], "student.chanels: there is no such field; did you mean 'channels'?"),
         (["student=cn"], "there is no model 'cn'; did you mean 'cnn'?"),
+        (["student=resnt:20"], "there is no model 'resnt:20'; did you mean 'resnet'?"),
         (["student.channels=[0]"], "student.channels.0: input should be greater than or equal to 1, not 0"),
         (["optimizer.name=sdg"], "optimizer.name: input should be 'sgd', 'adam' or 'adamw', not 'sdg'"),
         (["run.device=gpu"], "run.device: input should be 'auto', 'cpu', 'cuda' or 'mps', not 'gpu'"),

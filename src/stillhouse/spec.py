@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from difflib import get_close_matches
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from stillhouse.errors import UserError, nearest
+
+IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+"""What names a Python object: ``pkg.mod:Name``."""
 
 
 class Spec(BaseModel):
@@ -99,7 +104,9 @@ class Tagged(Spec):
             head, colon, rest = value.partition(":")
             if head in cls.members:
                 return cls.members[head].from_text(rest)  # type: ignore[return-value]
-            if colon and "import" in cls.members:
+            # What is no import path and nearly a name is that name, mistyped.
+            mistyped = not IMPORT_PATH.fullmatch(value) and get_close_matches(head, cls.members, cutoff=0.75)
+            if colon and "import" in cls.members and not mistyped:
                 return cls.members["import"].from_text(value)  # type: ignore[return-value]
             raise ValueError(f"there is no {cls.noun} {value!r}; {nearest(head, cls.members)}")
         if isinstance(value, dict):

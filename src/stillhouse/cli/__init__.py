@@ -121,9 +121,7 @@ def report(directory: Directory, debug: Debug = False) -> None:
 @app.command()
 def claims(
     names: Annotated[Optional[list[str]], typer.Argument(metavar="[NAME]...", help="systems; all by default")] = None,  # noqa: UP045
-    seeds: Annotated[
-        Optional[int], typer.Option(help="so many seeds in place of the claim's own number", min=1)
-    ] = None,  # noqa: UP045
+    seeds: Annotated[int | None, typer.Option(help="so many seeds in place of the claim's own number", min=1)] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="DIR", help="where NAME.json is recorded; claims/results by default"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -17,7 +17,10 @@ def result_table(
     """Print a table of a run's result."""
     table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
     for number, column in enumerate(columns):
-        table.add_column(escape(column), overflow="fold", justify="left" if number == 0 else "right")
+        # Names are kept whole; numbers stand at the right, whatever is told of them at the left.
+        words = any(isinstance(row[number], str) and " " in row[number].strip() for row in rows)
+        justify: Literal["left", "right"] = "left" if number == 0 or words else "right"
+        table.add_column(escape(column), overflow="fold", no_wrap=number == 0, justify=justify)
     for row in rows:
         table.add_row(*(escape(_cell(cell)) for cell in row))
     (console or Console()).print(table)
