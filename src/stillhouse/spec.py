@@ -17,7 +17,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from stillhouse.errors import UserError, nearest
 
-IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+IMPORT_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
 """What names a Python object: ``pkg.mod:Name``."""
 
 
@@ -105,7 +105,7 @@ class Tagged(Spec):
             if head in cls.members:
                 return cls.members[head].from_text(rest)  # type: ignore[return-value]
             # What is no import path and nearly a name is that name, mistyped.
-            mistyped = not IMPORT_PATH.fullmatch(value) and get_close_matches(head, cls.members, cutoff=0.75)
+            mistyped = not re.fullmatch(IMPORT_PATH, value) and get_close_matches(head, cls.members, cutoff=0.75)
             if colon and "import" in cls.members and not mistyped:
                 return cls.members["import"].from_text(value)  # type: ignore[return-value]
             raise ValueError(f"there is no {cls.noun} {value!r}; {nearest(head, cls.members)}")

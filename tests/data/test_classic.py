@@ -2,7 +2,6 @@ import gzip
 import hashlib
 import io
 import itertools
-import os
 import tarfile
 
 import numpy as np
@@ -12,8 +11,6 @@ import torch
 from stillhouse.data import load_data
 from stillhouse.data.classic import CIFAR10, CIFAR100, IDX, MNIST
 from stillhouse.errors import UserError
-
-needs_data = pytest.mark.skipif("STILLHOUSE_DATA" not in os.environ, reason="STILLHOUSE_DATA names no directory")
 
 
 def write_idx(place, train=40, test=20):
@@ -179,7 +176,7 @@ def test_every_file_has_a_known_sum():
         assert all(len(known) in (32, 64) for sums in spec.sums.values() for known in sums)
 
 
-@needs_data
+@pytest.mark.usefixtures("real_files")
 @pytest.mark.parametrize(
     ("kind", "shape", "sizes"),
     [

@@ -1,6 +1,5 @@
 import gzip
 import json
-import os
 
 import pytest
 import torch
@@ -8,8 +7,6 @@ import torch
 from stillhouse.data import load_data
 from stillhouse.data.intents import CLINC150
 from stillhouse.errors import UserError
-
-needs_data = pytest.mark.skipif("STILLHOUSE_DATA" not in os.environ, reason="STILLHOUSE_DATA names no directory")
 
 INTENTS = ("weather", "alarm", "joke")
 
@@ -118,7 +115,7 @@ def test_it_is_registered_once_and_reads_its_own_dump(place):
     assert load_data({**CLINC150(verify=False, max_length=5).dump()}).fingerprint == data.fingerprint
 
 
-@needs_data
+@pytest.mark.usefixtures("real_files")
 def test_the_real_file_passes_its_sum():
     data = load_data("clinc150")
     assert tuple(map(len, data.splits.values())) == (15_000, 3_000, 4_500)

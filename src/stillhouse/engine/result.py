@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from stillhouse.engine.storage import write_text
+from stillhouse.engine.storage import as_json, write_text
 from stillhouse.errors import nearest
 from stillhouse.models import save
 
@@ -84,7 +83,7 @@ class Result:
             else:
                 save(artefact, place)
         tables = [
-            {"title": t.title, "columns": t.columns, "rows": [[_plain(cell) for cell in row] for row in t.rows]}
+            {"title": t.title, "columns": t.columns, "rows": [[as_json(cell) for cell in row] for row in t.rows]}
             for t in self.tables
         ]
         told = {"tables": tables, "notes": self.notes}
@@ -92,13 +91,8 @@ class Result:
         for name, picture in self.pictures.items():
             save_png(picture, result / f"{name}.png")
         # Last: this file says that the run has ended.
-        metrics = {name: _plain(value) for name, value in self.metrics.items()}
+        metrics = {name: as_json(value) for name, value in self.metrics.items()}
         write_text(directory / "metrics.json", json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-
-
-def _plain(value: float | int | str) -> float | int | str | None:
-    """A cell as JSON has it: what is not finite, which JSON lacks, is null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_png(picture: Tensor, path: Path) -> None:

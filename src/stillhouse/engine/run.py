@@ -263,6 +263,7 @@ class Run:
             raise UserError(f"{type(self.method).__name__}.stages returns {result!r}; it must return a Result.")
         result.directory = self.directory.path
         if self.world.is_main:
+            # Only where something asked for the data: a run may have none.
             if "data" in self.__dict__:
                 self.directory.write("result/inputs.json", self.data.described())
             result.save(self.directory.path)

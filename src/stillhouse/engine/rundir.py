@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from stillhouse.engine.storage import write_text
+from stillhouse.engine.storage import as_json, write_text
 from stillhouse.errors import RunError, UserError
 
 
@@ -65,7 +64,7 @@ class RunDirectory:
         """Append one row to ``metrics.jsonl``; numbers that are not finite, which JSON lacks, are written as null."""
         self.rows += 1
         if self._log is not None:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            finite = {name: as_json(value) for name, value in row.items()}
             self._log.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
             self._log.flush()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -84,6 +85,11 @@ def read_tree(directory: Path, *, base: Path | None = None) -> Any:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CorruptError(f"{directory} cannot be read ({error}).") from None
     return _decode(plain, tensors, base)
+
+
+def as_json(value: Any) -> Any:
+    """A number as JSON has it: what is not finite, which JSON lacks, is null. Other values as they are."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,6 +16,7 @@ from stillhouse.facts import Facts
 from stillhouse.models import storage
 from stillhouse.models.spec import ModelSpec, origin, remember, sentence
 from stillhouse.models.weights import fingerprint
+from stillhouse.spec import IMPORT_PATH
 
 
 class ImportSpec(ModelSpec):
@@ -26,7 +27,7 @@ class ImportSpec(ModelSpec):
 
     kind = "import"
 
-    path: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+    path: str = Field(pattern=IMPORT_PATH)
     """Where it is: 'package.module:Name'."""
     arguments: dict[str, Any] = {}
     """Keyword arguments."""
