@@ -14,6 +14,7 @@ from stillhouse.errors import UserError
 from stillhouse.methods.knowledge.kd import KD
 from stillhouse.methods.language.sinkd import SinKD, transport_over_positions
 from stillhouse.methods.supervised import Supervised
+from stillhouse.methods.wiring import Wiring
 from stillhouse.models import logits, targets
 
 transformers = pytest.importorskip("transformers")
@@ -59,8 +60,15 @@ def started(method, data, home, pair):
     return run, m, run.data.split("train").batch(range(8))
 
 
+def losses_of(method, run, m, batch):
+    if isinstance(method, Supervised):
+        return method.loss(m, batch, run)
+    teachers = {name: module for name, module in m.items() if name.startswith("teacher")}
+    return Wiring(method.objectives, m.student, teachers, run).terms(m, batch)
+
+
 def terms(method, run, m, batch):
-    return {name: term() if callable(term) else term for name, term in method.loss(m, batch, run).items()}
+    return {name: term() if callable(term) else term for name, term in losses_of(method, run, m, batch).items()}
 
 
 def table(_):

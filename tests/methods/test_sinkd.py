@@ -15,6 +15,7 @@ from stillhouse.errors import UserError
 from stillhouse.front import run_recipe
 from stillhouse.methods.knowledge.kd import KD
 from stillhouse.methods.language.sinkd import SinKD
+from stillhouse.methods.wiring import Wiring
 from stillhouse.models import fingerprint
 from stillhouse.recipe import load_recipe
 
@@ -37,8 +38,13 @@ def modules_and_batch(outputs=(10, 10)):
     return Modules(teacher=nets[0].eval().requires_grad_(False), student=nets[1]), batch
 
 
+def losses_of(method, run, m, batch):
+    teachers = {name: module for name, module in m.items() if name.startswith("teacher")}
+    return Wiring(method.objectives, m.student, teachers, run).terms(m, batch)
+
+
 def terms(method, run, m, batch):
-    return {name: term() if callable(term) else term for name, term in method.loss(m, batch, run).items()}
+    return {name: term() if callable(term) else term for name, term in losses_of(method, run, m, batch).items()}
 
 
 def test_the_three_terms_are_the_papers(run):
@@ -113,7 +119,7 @@ def test_the_teacher_is_asked_once_a_loss(run):
         m, batch = modules_and_batch()
         asked = []
         m.teacher.register_forward_hook(lambda *_, asked=asked: asked.append(1))
-        losses_ = method.loss(m, batch, run(method))
+        losses_ = losses_of(method, run(method), m, batch)
         losses_["ce"]()
         assert not asked
         for term in losses_.values():
@@ -210,7 +216,7 @@ def test_cached_teacher_outputs_train_the_same_student(tmp_path):
     cached = sh.distil("kd", **SMALL, compare_alone=False, cache_teacher=True)
     for a, b in zip(plain.student.parameters(), cached.student.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="cache_teacher: the outputs can be computed once only for fixed inputs"):
+    with pytest.raises(UserError, match="augment=shift makes new inputs each time; set cache_teacher.views"):
         sh.distil("kd", **SMALL, cache_teacher=True, augment="shift")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, ClassVar, Self
 
@@ -12,8 +13,12 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from stillhouse.data.splits import number_of
 from stillhouse.errors import UserError, nearest
 from stillhouse.spec import Tagged
+
+Integers = Callable[[int, int], Tensor]
+"""Draws integers in 0 .. below-1 for a batch: (below, columns) to (batch, columns)."""
 
 
 class Augment(Tagged):
@@ -31,6 +36,19 @@ class Augment(Tagged):
         """Augment a batch (this process's slice ``rank`` of ``world`` equal ones)."""
         raise NotImplementedError
 
+    def fixed(
+        self, pixels: Float[Tensor, "batch channels height width"], index: Int[Tensor, " batch"], view: int
+    ) -> Float[Tensor, "batch channels height width"]:
+        """View number ``view`` of the samples at ``index``: the same each time, whatever they are batched with.
+
+        Raises:
+            UserError: this augmentation draws for a batch as a whole.
+        """
+        raise UserError(
+            f"augment: {self.kind!r} draws for a batch as a whole, so a sample has no fixed views; 'none', 'crop-flip' and "
+            "'shift' have."
+        )
+
 
 class NoAugment(Augment):
     """The images as they are."""
@@ -42,8 +60,39 @@ class NoAugment(Augment):
     ) -> Float[Tensor, "batch channels height width"]:
         return pixels
 
+    def fixed(
+        self, pixels: Float[Tensor, "batch channels height width"], index: Int[Tensor, " batch"], view: int
+    ) -> Float[Tensor, "batch channels height width"]:
+        return pixels
 
-class CropFlip(Augment):
+
+class Moving(Augment):
+    """Base of augmentations that move an image by whole pixels, each sample by integers of its own."""
+
+    def __call__(
+        self, pixels: Float[Tensor, "batch channels height width"], *, rank: int = 0, world: int = 1
+    ) -> Float[Tensor, "batch channels height width"]:
+        count = len(pixels)
+
+        def drawn(below: int, columns: int) -> Tensor:
+            whole = torch.randint(below, (count * world, columns), device=pixels.device)
+            return whole[rank * count : (rank + 1) * count]
+
+        return self.move(pixels, drawn)
+
+    def fixed(
+        self, pixels: Float[Tensor, "batch channels height width"], index: Int[Tensor, " batch"], view: int
+    ) -> Float[Tensor, "batch channels height width"]:
+        return self.move(pixels, counted(index, view))
+
+    def move(
+        self, pixels: Float[Tensor, "batch channels height width"], integers: Integers
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The images, moved by what ``integers`` draws."""
+        raise NotImplementedError
+
+
+class CropFlip(Moving):
     """A random crop from the image with a black frame, then a mirror image half of the time (the CIFAR custom)."""
 
     kind: ClassVar[str] = "crop-flip"
@@ -53,16 +102,14 @@ class CropFlip(Augment):
     flip: bool = True
     """Mirror left and right with probability one half."""
 
-    def __call__(
-        self, pixels: Float[Tensor, "batch channels height width"], *, rank: int = 0, world: int = 1
+    def move(
+        self, pixels: Float[Tensor, "batch channels height width"], integers: Integers
     ) -> Float[Tensor, "batch channels height width"]:
-        count = len(pixels)
-        offsets = drawn_integers(2 * self.padding + 1, (count, 2), pixels.device, rank, world)
-        mirrored = drawn_integers(2, (count,), pixels.device, rank, world).bool() if self.flip else None
-        return moved(pixels, offsets, self.padding, mirrored)
+        offsets = integers(2 * self.padding + 1, 2)
+        return moved(pixels, offsets, self.padding, integers(2, 1)[:, 0].bool() if self.flip else None)
 
 
-class Shift(Augment):
+class Shift(Moving):
     """A random shift by whole pixels, black moving in: for characters, where a mirror image is another character."""
 
     kind: ClassVar[str] = "shift"
@@ -70,11 +117,10 @@ class Shift(Augment):
     by: int = Field(1, ge=0)
     """Largest shift in each direction, in pixels."""
 
-    def __call__(
-        self, pixels: Float[Tensor, "batch channels height width"], *, rank: int = 0, world: int = 1
+    def move(
+        self, pixels: Float[Tensor, "batch channels height width"], integers: Integers
     ) -> Float[Tensor, "batch channels height width"]:
-        offsets = drawn_integers(2 * self.by + 1, (len(pixels), 2), pixels.device, rank, world)
-        return moved(pixels, offsets, self.by, None)
+        return moved(pixels, integers(2 * self.by + 1, 2), self.by, None)
 
 
 class Kornia(Augment):
@@ -149,11 +195,30 @@ def _pipeline_of(operations: str) -> list[Any]:
     return pipeline
 
 
-def drawn_integers(below: int, shape: tuple[int, ...], device: torch.device, rank: int, world: int) -> Tensor:
-    """Random integers in 0 .. below-1 for a global batch, this process's slice of them."""
-    count = shape[0]
-    drawn = torch.randint(below, (count * world, *shape[1:]), device=device)
-    return drawn[rank * count : (rank + 1) * count]
+def counted(index: Int[Tensor, " batch"], view: int) -> Integers:
+    """Integers from a counter hash (splitmix64) of each sample's index, the view and the place of the draw."""
+    draws = 0
+
+    def drawn(below: int, columns: int) -> Tensor:
+        nonlocal draws
+        salts = [number_of("view", view, draws + column) for column in range(columns)]
+        draws += columns
+        z = index[:, None] * _signed(0x9E3779B97F4A7C15) + torch.tensor(salts, device=index.device)
+        z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+        z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+        return (_shifted(z ^ _shifted(z, 31), 33) * below) >> 31
+
+    return drawn
+
+
+def _signed(number: int) -> int:
+    """A 64-bit number as the signed integer of the same bits: products of int64 tensors wrap around as unsigned ones do."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """Shift right with zeros moving in."""
+    return (z >> by) & ((1 << (64 - by)) - 1)
 
 
 def moved(

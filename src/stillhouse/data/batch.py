@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stillhouse.errors import UserError
 
-NOT_INPUTS = frozenset({"labels", "index", "weight", "sources"})
+NOT_INPUTS = frozenset({"labels", "index", "weight", "sources", "view"})
 """Names that are never a model's input."""
 
 
@@ -28,7 +28,7 @@ class Batch(dict[str, Tensor]):
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """What a model takes: everything but labels, index, weight, sources and the names in ``aside``."""
+        """What a model takes: everything but labels, index, weight, sources, view and the names in ``aside``."""
         return {name: value for name, value in self.items() if name not in NOT_INPUTS and name not in self.aside}
 
     @property

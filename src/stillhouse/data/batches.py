@@ -37,6 +37,8 @@ class Batches:
         shuffle: a new order each epoch; otherwise the split's own order.
         drop_last: leave out the samples that do not fill a global batch (per epoch, other ones each time).
         augment: applied to ``pixel_values`` of each batch, drawing from torch's global generator.
+        views: that many fixed views of each sample in turn, one an epoch, in place of a new draw each time; a batch then
+            says in ``view`` which one it holds.
         fields: names of the tensors to fetch; ``None`` takes all. ``index`` always comes along.
         among: positions in the split to stay within; ``index`` still counts in the whole split.
         workers: processes that read a split which is not in memory.
@@ -47,6 +49,7 @@ class Batches:
     shuffle: bool = True
     drop_last: bool = True
     augment: Augment | None = None
+    views: int | None = None
     fields: tuple[str, ...] | None = None
     among: Int[Tensor, " part"] | None = None
     workers: int = 0
@@ -59,7 +62,7 @@ class Batches:
     @property
     def draws(self) -> bool:
         """Whether fetching a batch may use the global generators: an augmentation, or a data set of the user's own."""
-        return self.augment is not None or not isinstance(self.split.source, Memory)
+        return (self.augment is not None and self.views is None) or not isinstance(self.split.source, Memory)
 
     def global_size(self, world: int = 1) -> int:
         """Samples per step over all processes."""
@@ -117,10 +120,10 @@ class Stream:
         return self
 
     def __next__(self) -> Batch:
+        epoch, step = divmod(self.position, self.per_epoch)
         if self._stored is None:
             stored = self._streamed()
         else:
-            epoch, step = divmod(self.position, self.per_epoch)
             if epoch != self._order_epoch:
                 self._order = self._permutation(epoch).to(self._stored_on)
                 self._order_epoch = epoch
@@ -128,8 +131,9 @@ class Stream:
             stored = {name: tensor.index_select(0, index) for name, tensor in self._stored.items()}
             stored["index"] = index
         self.position += 1
+        view = None if self.batches.views is None else epoch % self.batches.views
         return self.split.prepare(
-            stored, device=self.device, augment=self.batches.augment, rank=self.rank, world=self.world
+            stored, device=self.device, augment=self.batches.augment, rank=self.rank, world=self.world, view=view
         )
 
     def state(self) -> dict[str, int]:

@@ -93,6 +93,7 @@ class Split:
         shuffle: bool = True,
         drop_last: bool = True,
         augment: Augment | str | dict[str, Any] = "none",
+        views: int | None = None,
         fields: Sequence[str] | None = None,
         among: Shaped[Tensor, " part"] | None = None,
         workers: int = 0,
@@ -122,6 +123,7 @@ class Split:
             shuffle=shuffle,
             drop_last=drop_last,
             augment=None if chosen.kind == "none" else chosen,
+            views=views,
             fields=names,
             among=among,
             workers=workers,
@@ -200,8 +202,12 @@ class Split:
         augment: Augment | None = None,
         rank: int = 0,
         world: int = 1,
+        view: int | None = None,
     ) -> Batch:
-        """A fetched batch as a model sees it: on ``device``, augmented in [0, 1], pixels in the model's space."""
+        """A fetched batch as a model sees it: on ``device``, augmented in [0, 1], pixels in the model's space.
+
+        With ``view`` it holds that fixed view of each sample, and says so.
+        """
         if device.type != "cpu":
             stored = {name: tensor.to(device, non_blocking=True) for name, tensor in stored.items()}
         if self.scale is not None and "pixel_values" in stored:
@@ -210,7 +216,14 @@ class Split:
                 stored["pixel_values"] = self.scale.to_model(pixels)
             else:
                 unit = self.scale.stored_to_unit(pixels)
-                stored["pixel_values"] = self.scale.from_unit(augment(unit, rank=rank, world=world))
+                seen = (
+                    augment(unit, rank=rank, world=world)
+                    if view is None
+                    else augment.fixed(unit, stored["index"], view)
+                )
+                stored["pixel_values"] = self.scale.from_unit(seen)
+        if view is not None:
+            stored["view"] = torch.full_like(stored["index"], view)
         batch = Batch(stored)
         if self.aside:
             batch.aside = self.aside

@@ -1,16 +1,15 @@
-"""What methods that distil a classifier into a smaller one have in common: teachers, the student's stage, the table."""
+"""What methods that distil a model into a smaller one have in common: teachers, objectives, the student's stage, the table."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Generator
-from functools import cache, partial
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Generator
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from stillhouse.data import Batch
@@ -19,136 +18,293 @@ from stillhouse.engine import (
     Held,
     Losses,
     Modules,
+    Optimizer,
     Result,
     Run,
+    Stage,
     Stages,
     SubRun,
     Table,
     Update,
+    Weight,
     frozen,
     measuring,
 )
-from stillhouse.errors import UserError
+from stillhouse.errors import UserError, nearest
 from stillhouse.losses.divergences import Divergence
-from stillhouse.methods.supervised import Supervised, TrainingFields, placed, quality, rows_at_once, sequences
+from stillhouse.methods.supervised import (
+    POSITIONS,
+    Supervised,
+    TrainingFields,
+    hard_loss,
+    longest,
+    placed,
+    quality,
+    rows_at_once,
+    sequences,
+)
 from stillhouse.methods.teacher import TeacherSpec
+from stillhouse.methods.teacher_outputs import TeacherCache, stored_outputs
+from stillhouse.methods.wiring import Pair, Wiring
 from stillhouse.metrics import agreement, latency, mean_total_variation, token_agreement
 from stillhouse.models import IGNORED, ModelSpec, count_parameters, fingerprint, logits
+from stillhouse.registry import method_class
+from stillhouse.spec import first_problem
+
+Reads = Literal["labels", "features", "before", "embedding", "student embedding"]
+"""What an objective reads besides logits: class labels; the features at the end of each stage, of both networks; those before
+the activation; the embedding (what the classifier reads) of both, or of the student alone."""
 
 
-class TeacherOutputs(nn.Module):
-    """A teacher's logits on every training sample, by the sample's index.
+def _objective(value: Any) -> KnowledgeDistillation:
+    """Read a method written as an objective: its name, or a mapping of ``kind`` and its own fields."""
+    if isinstance(value, KnowledgeDistillation):
+        return value
+    fields = dict(value) if isinstance(value, dict) else {"kind": value}
+    kind = fields.pop("kind", None)
+    if not isinstance(kind, str):
+        raise ValueError("an objective is the name of a method, or a mapping with 'kind' and its own fields")
+    try:
+        cls = method_class(kind)
+    except UserError as error:
+        raise ValueError(str(error).rstrip(".")) from None
+    if not issubclass(cls, KnowledgeDistillation) or cls.stages is not KnowledgeDistillation.stages:
+        raise ValueError(f"{kind!r} trains in stages of its own, so it cannot be an objective beside others")
+    own = [name for name in cls.model_fields if name not in KnowledgeDistillation.model_fields]
+    for name in fields:
+        if name not in own:
+            whole = name in KnowledgeDistillation.model_fields
+            why = "belongs to the recipe as a whole" if whole else f"is no field of it; {nearest(name, own)}"
+            raise ValueError(f"{kind}: {name!r} {why}")
+    try:
+        return cls.model_validate(fields)
+    except ValidationError as error:
+        path, reason = first_problem(error, cls)
+        raise PydanticCustomError("spec", "{reason}", {"reason": reason, "path": path}) from None
 
-    Args:
-        logits: (samples, classes).
-    """
 
-    logits: Tensor
+def _written(objective: KnowledgeDistillation) -> dict[str, Any]:
+    own = [name for name in type(objective).model_fields if name not in KnowledgeDistillation.model_fields]
+    values = objective.dump()
+    return {"kind": objective.name, **{name: values[name] for name in own}}
 
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("logits", logits)
 
-    def forward(self, index: Tensor) -> Tensor:
-        """Logits of the samples at ``index``."""
-        return self.logits[index]
+Objective = Annotated[Any, BeforeValidator(_objective), PlainSerializer(_written)]
+"""A method as one of several objectives of a run."""
 
 
 class KnowledgeDistillation(TrainingFields):
-    """Base of methods that train a student against a frozen teacher; a subclass is its fields and its ``loss``."""
+    """Base of methods that train a student against frozen teachers.
+
+    A subclass is its fields and its :meth:`terms`. It also serves as an objective beside others (field ``also``), unless it
+    has :meth:`stages` of its own.
+
+    Class attributes:
+        couples: whether the loss couples the samples of a batch.
+        reads: what its terms read besides logits.
+        mixes: whether :meth:`mixed` makes other inputs of a batch's samples.
+    """
 
     couples: ClassVar[bool] = False
-    """Whether the loss couples the samples of a batch."""
+    reads: ClassVar[frozenset[Reads]] = frozenset()
+    mixes: ClassVar[bool] = False
 
     teacher: TeacherSpec | tuple[TeacherSpec, ...] = Field(
         "cnn", description="the teacher, or several whose losses are averaged", validate_default=True
     )
+    teacher_weights: tuple[float, ...] | None = Field(
+        None, description="shares of several teachers in the mean, scaled to a sum of 1; equal ones by default"
+    )
+    ensemble: Literal["losses", "probabilities"] = Field(
+        "losses", description="several teachers: average the losses, or their predicted probabilities before the loss"
+    )
     student: ModelSpec = Field("cnn", description="the student", validate_default=True)
-    cache_teacher: bool = Field(False, description="compute the teacher's outputs once and reuse them in every run")
+    weight_ce: Weight = Field(1.0, description="weight of the loss on the labels")
+    also: tuple[Objective, ...] = Field((), description="further objectives: names of methods, or {kind: NAME, fields}")
+    student_layers: tuple[str, ...] | None = Field(
+        None, description="modules of the student whose features are read; the end of each stage by default"
+    )
+    teacher_layers: tuple[str, ...] | None = Field(
+        None, description="those of the teacher, in pairs with the student's"
+    )
+    student_classifier: str | None = Field(
+        None, description="module of the student that reads the embedding; its last linear layer by default"
+    )
+    teacher_classifier: str | None = Field(None, description="that of the teacher")
+    cache_teacher: Literal[False] | TeacherCache = Field(
+        False, description="compute the teacher's outputs once and reuse them in every run: yes, or {views, top, ...}"
+    )
     compare_alone: bool = Field(True, description="also train the student without a teacher, for the table")
 
-    def loss(self, m: Modules, batch: Batch, run: Run) -> Losses:
-        """Named, unweighted terms."""
-        raise NotImplementedError(f"{type(self).__name__} has no loss.")
+    # What a method is made of ------------------------------------------------------------------------------------------
 
-    def teacher_logits(self, m: Modules, batch: Batch) -> list[Tensor]:
-        """Logits of each teacher, without a graph: computed, or looked up."""
-        found = []
-        for name in (name for name in m if name.startswith("teacher")):
-            module = m[name]
-            found.append(module(batch.index) if isinstance(module, TeacherOutputs) else logits(module, batch).detach())
-        return found
+    def terms(self, pair: Pair, run: Run) -> Losses:
+        """Named, unweighted terms of the student against one teacher; the labels' term is added for it."""
+        raise NotImplementedError(f"{type(self).__name__} has no terms.")
 
-    def asked_once(self, m: Modules, batch: Batch) -> Callable[[], list[Tensor]]:
-        """:meth:`teacher_logits` for the terms of one loss: computed when the first of them asks, and only then."""
-        return cache(lambda: self.teacher_logits(m, batch))
+    def parts(self, pair: Pair, run: Run) -> dict[str, nn.Module]:
+        """Modules that the objective needs between student and teacher, such as projectors; shapes are those of ``pair``.
+
+        They are trained with the student and are not in the result.
+        """
+        return {}
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether it makes any."""
+        return type(self).parts is not KnowledgeDistillation.parts
+
+    def part_optimizer(self, part: str) -> Optimizer | None:
+        """An optimiser of its own for a part; None trains it as the student."""
+        return None
+
+    def ready(self, wiring: Wiring, place: int, run: Run) -> Generator[Any, Any, None]:
+        """Yield what comes before the student's stage: statistics of the teacher, training of parts.
+
+        Args:
+            wiring: everything wired.
+            place: this objective's place in it.
+            run: the run.
+        """
+        yield from ()
+
+    def mixed(self, m: Modules, batch: Batch, run: Run) -> Batch:
+        """The batch with inputs mixed from its samples, for methods with ``mixes``."""
+        raise NotImplementedError(f"{type(self).__name__} says that it mixes, and not how.")
+
+    def ce(self, pair: Pair, run: Run) -> Tensor:
+        """The student's loss on the labels."""
+        return hard_loss(pair.models.student, pair.student.logits, pair.batch, run)
 
     def notes(self, run: Run) -> list[str]:
         """What a reader of the result should know about how the loss was taken on these data."""
         return []
 
+    # What all of them share --------------------------------------------------------------------------------------------
+
+    @property
+    def objectives(self) -> tuple[KnowledgeDistillation, ...]:
+        """The method itself and what is learned beside it."""
+        return (self, *self.also)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        names = [objective.name for objective in self.objectives if hasattr(objective, "name")]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"also: {twice!r} is there twice; give its weight once")
+        nested = next((objective.name for objective in self.also if objective.also), None)
+        if nested is not None:
+            raise ValueError(f"also: {nested!r} brings objectives of its own; list them beside it")
+        mixing = [objective.name for objective in self.objectives if objective.mixes]
+        if len(mixing) > 1:
+            raise ValueError(f"also: {mixing[0]!r} and {mixing[1]!r} both mix the samples of a batch; choose one")
+        deep = [o.name for o in self.objectives if set(o.reads) & {"features", "before", "embedding"}]
+        if self.cache_teacher and deep:
+            raise ValueError(f"cache_teacher: {deep[0]!r} reads the teacher's features, and only its logits are stored")
+        if self.cache_teacher and mixing:
+            raise ValueError(
+                f"cache_teacher: {mixing[0]!r} mixes the samples of a batch, so no two steps ask the teacher the same"
+            )
+        if self.cache_teacher and (self.cache_teacher.views is None) != (self.augment.kind == "none"):
+            raise ValueError(
+                "cache_teacher.views: without an augmentation all views of a sample are alike; leave it out"
+                if self.augment.kind == "none"
+                else f"cache_teacher: augment={self.augment.kind} makes new inputs each time; set cache_teacher.views to "
+                "store so many fixed views of each sample, augment=none, or cache_teacher=false"
+            )
+        count = len(self.teacher) if isinstance(self.teacher, tuple) else 1
+        if self.ensemble == "probabilities" and count > 1 and deep:
+            raise ValueError(f"ensemble: {deep[0]!r} reads each teacher's features, which have no mean; use 'losses'")
+        if self.teacher_weights is not None:
+            if len(self.teacher_weights) != count:
+                raise ValueError(f"teacher_weights: there are {count} teachers and {len(self.teacher_weights)} weights")
+            if min(self.teacher_weights) < 0 or sum(self.teacher_weights) == 0:
+                raise ValueError("teacher_weights: weights are 0 or more, and one of them is above 0")
+        return self
+
     def stages(self, run: Run) -> Stages:
         """Teachers, then the student, then what the table needs."""
-        facts = run.data.facts
-        teachers: dict[str, nn.Module] = {}
-        specs = self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
-        for i, spec in enumerate(specs):
-            name = "teacher" if len(specs) == 1 else f"teacher-{i}"
-            teachers[name] = yield from spec.ready(run, name)
-        student = self.student.build(facts)
-        held: dict[str, nn.Module | Held] = {"student": student}
-        for name, teacher in teachers.items():
-            held[name] = frozen((yield from self._outputs(run, name, teacher)) if self.cache_teacher else teacher)
+        self.check_data(run)
+        teachers = yield from self.teachers(run)
+        student = self.student.build(run.data.facts)
         before = {name: fingerprint(teacher) for name, teacher in teachers.items()}
-        update = Update(self.loss, trains={"student": self.optimizer}, couples=self.couples)
-        trained = yield self.training_stage(run, "student", held, update, trained="student")
+        asked, notes = yield from self.asked(run, teachers)
+        stage, wiring = yield from self.student_stage(run, "student", student, asked)
+        trained = yield stage
+        wiring.close()
 
         models = {**teachers, "student": student}
         if self.compare_alone:
-            alone = yield SubRun("student-alone", self._alone(), seed=run.seed, data=run.data)
+            alone = yield SubRun("student-alone", self.alone(), seed=run.seed, data=run.data)
             models["student-alone"] = alone.model
         measured = yield Compute("comparison", lambda _: compare(models, list(teachers), run))
-        notes = [f"{name} has fingerprint {print_}" for name, print_ in before.items()]
+        told = [f"{name} has fingerprint {print_}" for name, print_ in before.items()]
+        told += [note for objective in self.objectives for note in objective.notes(run)]
         return Result(
             artefacts={"student": student},
             metrics={**trained.best, **measured["metrics"]},
             tables=[Table("Comparison", measured["columns"], measured["rows"])],
-            notes=notes + self.notes(run) + measured["notes"],
+            notes=told + notes + measured["notes"],
         )
 
-    def _alone(self) -> Supervised:
+    def check_data(self, run: Run) -> None:
+        """Refuse data without the class labels that an objective reads."""
+        reading = next((o for o in self.objectives if "labels" in o.reads), None)
+        if reading is not None and (run.data.facts.task != "classification" or run.data.facts.num_classes is None):
+            raise UserError(f"{reading.name} reads class labels, which the data {run.data.name!r} does not have.")
+
+    def teachers(self, run: Run) -> Generator[Any, Any, dict[str, nn.Module]]:
+        """Train or load the teachers."""
+        specs = self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
+        found: dict[str, nn.Module] = {}
+        for i, spec in enumerate(specs):
+            name = "teacher" if len(specs) == 1 else f"teacher-{i}"
+            found[name] = yield from spec.ready(run, name)
+        return found
+
+    def asked(
+        self, run: Run, teachers: dict[str, nn.Module]
+    ) -> Generator[Compute, Any, tuple[dict[str, nn.Module], list[str]]]:
+        """What is asked during training: the teachers, or their stored outputs; and what is to be said of those."""
+        cache = self.cache_teacher
+        if not cache:
+            return teachers, []
+        language = run.data.facts.task == "language"
+        stored: dict[str, nn.Module] = {}
+        told: list[str] = []
+        for name, teacher in teachers.items():
+            at_once = max(1, POSITIONS // longest(run.data.split("train"))) if language else 512
+            stored[name], notes = yield from stored_outputs(cache, name, teacher, run, self.augment, at_once)
+            told += notes
+        return stored, told
+
+    def student_stage(
+        self, run: Run, name: str, student: nn.Module, teachers: dict[str, nn.Module]
+    ) -> Generator[Any, Any, tuple[Stage, Wiring]]:
+        """The stage that trains the student with every objective; what comes before it is yielded here."""
+        wiring = Wiring(self.objectives, student, teachers, run)
+        for place, objective in enumerate(self.objectives):
+            yield from objective.ready(wiring, place, run)
+
+        def loss(m: Modules, batch: Batch, run: Run) -> Losses:
+            return wiring.terms(m, batch)
+
+        held: dict[str, nn.Module | Held] = {"student": student, **wiring.modules()}
+        held |= {name: frozen(teacher) for name, teacher in teachers.items()}
+        couples = any(objective.couples for objective in self.objectives)
+        update = Update(loss, trains=wiring.trains(), couples=couples, weights=wiring.weights())
+        views = self.cache_teacher.views if self.cache_teacher else None
+        stage = self.training_stage(run, name, held, update, trained="student", views=views)
+        mixing = next((objective for objective in self.objectives if objective.mixes), None)
+        if mixing is not None:
+            stage.prepare = mixing.mixed
+        return stage, wiring
+
+    def alone(self) -> Supervised:
+        """The same student, trained on the labels alone."""
         shared = {name: getattr(self, name) for name in TrainingFields.model_fields}
         return Supervised(model=self.student, **shared)
-
-    def _outputs(self, run: Run, name: str, teacher: nn.Module) -> Generator[Compute, Any, TeacherOutputs]:
-        if self.augment.kind != "none":
-            raise UserError(
-                f"cache_teacher: the outputs can be computed once only for fixed inputs, but augment is "
-                f"{self.augment.kind!r}; set augment=none or cache_teacher=false."
-            )
-        parts = ["logits", 1, fingerprint(teacher), repr(teacher), run.data.fingerprint, "train", torch.__version__]
-        key = json.dumps([*parts, run.world.device.type, torch.get_num_threads()])
-
-        def compute(_: Path) -> dict[str, Tensor]:
-            teacher.to(run.world.device)
-            with measuring(teacher):
-                train = run.data.split("train")
-                language = run.data.facts.task == "language"
-                batches = sequences(train, run) if language else train.in_order(512, device=run.world.device)
-                return {"logits": torch.cat([logits(teacher, batch).cpu() for batch in batches])}
-
-        stored = yield Compute(f"{name}-outputs", compute, key=key)
-        return TeacherOutputs(stored["logits"])
-
-
-def over_teachers(teachers: Callable[[], list[Tensor]], term: Callable[[Tensor], Tensor]) -> Tensor:
-    """The mean of a term over the teachers' logits."""
-    return torch.stack([term(teacher) for teacher in teachers()]).mean(0)
-
-
-def positions(model: nn.Module, model_logits: Tensor, batch: Batch, run: Run) -> Tensor | None:
-    """The label of each position of a sequence model's logits, -100 where none counts; None for logits of samples."""
-    return placed(model, batch, run) if model_logits.dim() > 2 else None
 
 
 def soft_loss(

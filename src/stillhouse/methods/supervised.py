@@ -61,9 +61,13 @@ class TrainingFields(Method):
         update: Update,
         *,
         trained: str,
+        views: int | None = None,
     ) -> Stage:
-        """A stage over the training split that measures the module ``trained`` on the validation split."""
-        batches = run.data.split("train").batches(self.batch_size, augment=self.augment)
+        """A stage over the training split that measures the module ``trained`` on the validation split.
+
+        With ``views`` it meets that many fixed views of each sample in place of a new augmentation each time.
+        """
+        batches = run.data.split("train").batches(self.batch_size, augment=self.augment, views=views)
         steps = max(1, round(self.epochs * batches.per_epoch(run.world.size) / self.accumulate))
         evaluation = None
         if "validation" in run.data.splits:
@@ -161,8 +165,12 @@ def quality(model: nn.Module, split: Split, run: Run, batch_size: int = 512) -> 
 
 def sequences(split: Split, run: Run) -> Iterator[Batch]:
     """A split of sequences in order, in batches of about :data:`POSITIONS` positions."""
-    longest = max(shape[0] for shape in split.facts.inputs.values() if shape)
-    return split.in_order(max(1, POSITIONS // longest), device=run.world.device)
+    return split.in_order(max(1, POSITIONS // longest(split)), device=run.world.device)
+
+
+def longest(split: Split) -> int:
+    """Positions of the longest sequence."""
+    return max(shape[0] for shape in split.facts.inputs.values() if shape)
 
 
 def held_out(model: nn.Module, run: Run) -> dict[str, float]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stillhouse.errors import UserError
 
 # Keys of a batch that describe samples and are not model inputs, for batches without an `inputs` of their own.
-_NOT_INPUTS = frozenset({"labels", "index", "weight", "sources"})
+_NOT_INPUTS = frozenset({"labels", "index", "weight", "sources", "view"})
 _DECODER_INPUTS = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
 
 # (class, batch keys, whether labels are there) -> names passed by keyword, or one of the two below.

@@ -8,11 +8,9 @@ from pydantic import Field
 from torch import Tensor
 
 from stillhouse import losses
-from stillhouse.data import Batch
-from stillhouse.engine import Losses, Modules, Paper, Run, Weight
-from stillhouse.methods.distillation import KnowledgeDistillation, output_error, over_teachers, positions, soft_loss
-from stillhouse.methods.supervised import hard_loss
-from stillhouse.models import logits
+from stillhouse.engine import Losses, Paper, Run, Weight
+from stillhouse.methods.distillation import KnowledgeDistillation, output_error, soft_loss
+from stillhouse.methods.wiring import Pair
 
 
 class KD(KnowledgeDistillation):
@@ -34,14 +32,9 @@ class KD(KnowledgeDistillation):
     weight_ce: Weight = Field(0.1, description="weight of the cross-entropy with the labels")
     weight_soft: Weight = Field(0.9, description="weight of the divergence from the teacher")
 
-    def loss(self, m: Modules, batch: Batch, run: Run) -> Losses:
-        """Cross-entropy with the labels and the divergence from the teacher."""
-        student, teachers = logits(m.student, batch), self.asked_once(m, batch)
-        labels = positions(m.student, student, batch, run)
-        return {
-            "ce": lambda: hard_loss(m.student, student, batch, run),
-            "soft": lambda: over_teachers(teachers, lambda teacher: self.soft(student, teacher, labels, run)),
-        }
+    def terms(self, pair: Pair, run: Run) -> Losses:
+        """The divergence from the teacher."""
+        return {"soft": lambda: self.soft(pair.student.logits, pair.teacher.logits, pair.labels, run)}
 
     def soft(self, student: Tensor, teacher: Tensor, labels: Tensor | None, run: Run) -> Tensor:
         """The divergence at the temperature, times its square; the squared error between regressors."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -12,12 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from stillhouse import losses
-from stillhouse.data import Batch
-from stillhouse.engine import Losses, Modules, Optimizer, Paper, Run, Term, Weight
+from stillhouse.engine import Losses, Optimizer, Paper, Run, Term, Weight
 from stillhouse.errors import UserError
-from stillhouse.methods.distillation import KnowledgeDistillation, output_error, over_teachers, positions, soft_loss
-from stillhouse.methods.supervised import hard_loss
-from stillhouse.models import logits
+from stillhouse.methods.distillation import KnowledgeDistillation, output_error, soft_loss
+from stillhouse.methods.wiring import Pair
 
 
 class SinKD(KnowledgeDistillation):
@@ -67,17 +64,14 @@ class SinKD(KnowledgeDistillation):
     weight_kd: Weight = Field(0.9, description="weight of the per-sample term (alpha)")
     weight_sinkhorn: Weight = Field(8e-4, description="weight of the Sinkhorn term (beta times the factor 0.001)")
 
-    def loss(self, m: Modules, batch: Batch, run: Run) -> Losses:
-        """The three terms."""
-        student, teachers = logits(m.student, batch), self.asked_once(m, batch)
-        labels = positions(m.student, student, batch, run)
+    def terms(self, pair: Pair, run: Run) -> Losses:
+        """The per-sample term and the Sinkhorn term."""
         terms: dict[str, Term] = {
-            "ce": lambda: hard_loss(m.student, student, batch, run),
-            "kd": lambda: over_teachers(teachers, lambda teacher: self.per_sample(student, teacher, labels, run)),
+            "kd": lambda: self.per_sample(pair.student.logits, pair.teacher.logits, pair.labels, run)
         }
         if run.data.facts.task != "regression":
             # A single logit has the softmax 1 whatever it is: between regression targets there is nothing to transport.
-            terms["sinkhorn"] = lambda: self.transport(student, teachers(), labels, run)
+            terms["sinkhorn"] = lambda: self.transport(pair.student.logits, pair.teacher.logits, pair.labels, run)
         return terms
 
     def per_sample(self, student: Tensor, teacher: Tensor, labels: Tensor | None, run: Run) -> Tensor:
@@ -92,16 +86,16 @@ class SinKD(KnowledgeDistillation):
         divergence = losses.soft_cross_entropy if soft else losses.DIVERGENCES[self.divergence]
         return soft_loss(divergence, student, teacher, temperature, labels, run, squared=False)
 
-    def transport(self, student: Tensor, teachers: Sequence[Tensor], labels: Tensor | None, run: Run) -> Tensor:
-        """The Sinkhorn term, averaged over teachers."""
+    def transport(self, student: Tensor, teacher: Tensor, labels: Tensor | None, run: Run) -> Tensor:
+        """The Sinkhorn term."""
         if labels is not None and self.variant == "code":
             shared = self.temperature_sinkhorn, self.epsilon, self.num_iterations, self.reduction
-            return torch.stack([transport_over_positions(student, teacher, *shared) for teacher in teachers]).mean(0)
-        pairs = [self.coupled(student, teacher, labels, run) for teacher in teachers]
+            return transport_over_positions(student, teacher, *shared)
+        rows = self.coupled(student, teacher, labels, run)
         step = run.step + 1
         if self.form == "batch" and (step == run.steps or step % run.settings.log_every == 0):
-            self.log_deviation(pairs, run)
-        return torch.stack([self.distance(*pair) for pair in pairs]).mean(0)
+            self.log_deviation(*rows, run)
+        return self.distance(*rows)
 
     def coupled(self, student: Tensor, teacher: Tensor, labels: Tensor | None, run: Run) -> tuple[Tensor, Tensor]:
         """The rows of logits that are transported: those of all samples, or of the labelled positions of a sequence model."""
@@ -130,18 +124,19 @@ class SinKD(KnowledgeDistillation):
             check_finite=False,
         )
 
-    def log_deviation(self, pairs: Sequence[tuple[Tensor, Tensor]], run: Run) -> None:
-        """Log how far the plan's rows are from their mass: the largest over rows, teachers and processes.
+    def log_deviation(self, student: Tensor, teacher: Tensor, run: Run) -> None:
+        """Log how far the plan's rows are from their mass: the largest over rows and processes.
 
         The rounds end with the columns, so large values mean too few of them for this ``epsilon``.
         """
-        worst = pairs[0][0].new_zeros((), dtype=torch.float32)
+        worst = student.new_zeros((), dtype=torch.float32)
         with torch.no_grad():
-            for pair in pairs:
-                if len(pair[0]):
-                    student, teacher = (torch.softmax(rows.float() / self.temperature_sinkhorn, -1) for rows in pair)
-                    plan = losses.sinkhorn(losses.pairwise_l1(student, teacher), self.epsilon, self.num_iterations)
-                    worst = torch.maximum(worst, losses.row_error(plan))
+            if len(student):
+                ours, theirs = (
+                    torch.softmax(rows.float() / self.temperature_sinkhorn, -1) for rows in (student, teacher)
+                )
+                plan = losses.sinkhorn(losses.pairwise_l1(ours, theirs), self.epsilon, self.num_iterations)
+                worst = losses.row_error(plan)
             worst = run.gather(worst[None]).max()
         run.log({"stage": run.stage, "step": run.step + 1, "sinkhorn/row_deviation": float(worst)})
 
