@@ -14,11 +14,12 @@ from stillhouse.methods.supervised import Supervised
 from stillhouse.models import ModelSpec, ObjectSpec
 from stillhouse.spec import Tagged
 
-PRETRAINED = ("hf", "file", "import", "object")
+PRETRAINED = ("hf", "file", "import", "object", "predictor")
 
 
 class TeacherSpec(Tagged):
-    """A teacher: a pretrained model (``hf:owner/name``, ``file:DIR``, ``pkg.mod:Name``, a module), or a network to train.
+    """A teacher: a pretrained model (``hf:owner/name``, ``file:DIR``, ``pkg.mod:Name``, a module, a fitted
+    estimator of scikit-learn's kind), or a network to train.
 
     Any text or mapping that names a network without weights (``resnet``, ``{kind: cnn, channels: ...}``) is a teacher to
     train, with the defaults of :class:`TrainedTeacher`.

@@ -7,6 +7,7 @@ from stillhouse.models.denoiser import DiffusersSpec, PointDenoiser, PointDenois
 from stillhouse.models.hub import HubSpec
 from stillhouse.models.mlp import MLP, MLPSpec
 from stillhouse.models.positions import IGNORED, targets
+from stillhouse.models.predictor import Predictor, PredictorSpec
 from stillhouse.models.resnet import ImageNetResNetSpec, ResNet, ResNetSpec, WideResNet, WideResNetSpec
 from stillhouse.models.sources import FileSpec, ImportSpec, ObjectSpec
 from stillhouse.models.spec import ModelSpec, origin
@@ -35,6 +36,8 @@ __all__ = [
     "ObjectSpec",
     "PointDenoiser",
     "PointDenoiserSpec",
+    "Predictor",
+    "PredictorSpec",
     "ResNet",
     "ResNetSpec",
     "Taps",

@@ -14,6 +14,7 @@ from torch import nn
 from stillhouse.errors import UserError, nearest
 from stillhouse.facts import Facts
 from stillhouse.models import storage
+from stillhouse.models.predictor import Predictor, PredictorSpec, predicts
 from stillhouse.models.spec import ModelSpec, origin, remember, sentence
 from stillhouse.models.weights import fingerprint
 from stillhouse.spec import IMPORT_PATH
@@ -22,7 +23,8 @@ from stillhouse.spec import IMPORT_PATH
 class ImportSpec(ModelSpec):
     """A class or function of one's own that makes the module; text form ``pkg.mod:Name``.
 
-    It is called with ``arguments``, and with ``facts`` if it has a parameter of that name.
+    It is called with ``arguments``, and with ``facts`` if it has a parameter of that name. A fitted estimator of
+    scikit-learn's kind may stand there too, or be what it makes.
     """
 
     kind = "import"
@@ -38,6 +40,8 @@ class ImportSpec(ModelSpec):
 
     def build(self, facts: Facts) -> nn.Module:
         factory = self._factory()
+        if predicts(factory):
+            return Predictor(factory, facts)
         try:
             parameters = dict(inspect.signature(factory).parameters)
         except ValueError:  # a builtin without a signature
@@ -54,6 +58,8 @@ class ImportSpec(ModelSpec):
                 if name not in parameters:
                     raise UserError(sentence(f"{self.path!r} takes no argument {name!r}; {nearest(name, parameters)}"))
         module = factory(**arguments)
+        if predicts(module):
+            return Predictor(module, facts)
         if not isinstance(module, nn.Module):
             raise UserError(f"{self.path!r} made a {type(module).__name__}, not a torch.nn.Module.")
         return module.train()
@@ -73,7 +79,7 @@ class ImportSpec(ModelSpec):
             found = getattr(found, name)
         if isinstance(found, nn.Module):
             raise UserError(f"{self.path!r} is a module already made; name the class or function that makes it.")
-        if not callable(found):
+        if not callable(found) and not predicts(found):
             raise UserError(f"{self.path!r} is a {type(found).__name__}; name a class or function that makes a module.")
         return found
 
@@ -117,6 +123,8 @@ class ObjectSpec(ModelSpec):
 
     @classmethod
     def from_object(cls, value: Any) -> Self:
+        if predicts(value):
+            return PredictorSpec(object=value)  # type: ignore[return-value]
         if isinstance(value, type) and issubclass(value, nn.Module):
             raise ValueError(f"a model is a module, not the class {value.__name__}; call it, or write 'pkg.mod:Name'")
         if not isinstance(value, nn.Module):
