@@ -91,6 +91,7 @@ class Ramp(Spec):
     shape: Literal["linear", "cosine"] = Field("linear", description="how it moves between them")
     begin: float = Field(0.0, ge=0, le=1, description="progress at which it starts to move")
     until: float = Field(1.0, ge=0, le=1, description="progress at which it arrives")
+    by: Literal["step", "epoch"] = Field("step", description="move at every step, or once per pass over the data")
 
     def at(self, progress: float) -> float:
         """The value at ``progress`` in [0, 1].
@@ -122,6 +123,13 @@ Weight = Annotated[float | Ramp, BeforeValidator(_not_boolean), AfterValidator(_
 """A loss weight: a number of at least 0, or a schedule of progress."""
 
 
-def weight_at(weight: float | Ramp, progress: float) -> float:
-    """The value of a weight at ``progress``."""
-    return weight.at(progress) if isinstance(weight, Ramp) else weight
+def weight_at(weight: float | Ramp, step: int, steps: int, per_epoch: int) -> float:
+    """The value of a weight at a step of ``steps``, of which ``per_epoch`` make a pass over the data.
+
+    >>> ramp = Ramp(start=0.0, end=1.0, until=0.5, by="epoch")
+    >>> [weight_at(ramp, step, steps=8, per_epoch=2) for step in range(6)]
+    [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
+    """
+    if not isinstance(weight, Ramp):
+        return weight
+    return weight.at((step if weight.by == "step" else step // per_epoch * per_epoch) / steps)
