@@ -10,20 +10,35 @@ from stillhouse.metrics.classification import (
     topk_accuracy,
 )
 from stillhouse.metrics.cost import latency, model_bytes, parameters
+from stillhouse.metrics.differences import Difference, paired_difference
 from stillhouse.metrics.language import token_agreement, token_prediction
+from stillhouse.metrics.neighbours import distance_correlation, neighbour_overlap, retrieval_rank1
 from stillhouse.metrics.regression import regression
+from stillhouse.metrics.robustness import fgsm_accuracy, noise_accuracy
+from stillhouse.metrics.shots import shot_accuracy
+from stillhouse.metrics.smoothness import smoothness, spread
 
 __all__ = [
+    "Difference",
     "accuracy",
     "agreement",
     "classification",
+    "distance_correlation",
     "expected_calibration_error",
+    "fgsm_accuracy",
     "latency",
     "mean_total_variation",
     "model_bytes",
     "negative_log_likelihood",
+    "neighbour_overlap",
+    "noise_accuracy",
+    "paired_difference",
     "parameters",
     "regression",
+    "retrieval_rank1",
+    "shot_accuracy",
+    "smoothness",
+    "spread",
     "token_agreement",
     "token_prediction",
     "topk_accuracy",

@@ -73,7 +73,7 @@ class NoiseSchedule(Tagged):
         self, x_t: Float[Tensor, "batch ..."], t: Num[Tensor, "*batch"]
     ) -> tuple[Float[Tensor, "batch ..."], Num[Tensor, "batch"]]:
         """The noisy sample and the time as the network takes them."""
-        return x_t, t.expand(len(x_t))
+        return x_t, t.expand(x_t.shape[0])
 
     def log_snr(self, t: Num[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """Logarithm of the signal-to-noise ratio, ``ln(α_t^2 / σ_t^2)``."""
@@ -164,7 +164,7 @@ class EDMNoise(NoiseSchedule):
         """``c_in x_t`` and ``c_noise = ln(σ) / 4`` of Table 1."""
         sigma = self.sigma(t)
         c_in = (sigma**2 + self.sigma_data**2).rsqrt()
-        return _per_sample(c_in, x_t, x_t.dtype) * x_t, (sigma.log() / 4).to(torch.float32).expand(len(x_t))
+        return _per_sample(c_in, x_t, x_t.dtype) * x_t, (sigma.log() / 4).to(torch.float32).expand(x_t.shape[0])
 
     def lognormal(self, normal: Float[Tensor, "batch"], mean: float = -1.2, std: float = 1.2) -> Float[Tensor, "batch"]:
         """Noise levels as EDM teachers are trained on, ``ln σ ~ N(mean, std^2)``, from standard normal numbers."""
@@ -272,7 +272,7 @@ class FlowNoise(NoiseSchedule):
         self, x_t: Float[Tensor, "batch ..."], t: Num[Tensor, "*batch"]
     ) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch"]]:
         """The sample as it is and the time counted in training steps, as diffusers' flow transformers take it."""
-        return x_t, (t.to(_double(t)) * self.num_train_timesteps).to(torch.float32).expand(len(x_t))
+        return x_t, (t.to(_double(t)) * self.num_train_timesteps).to(torch.float32).expand(x_t.shape[0])
 
 
 def from_diffusers(scheduler: Any) -> tuple[NoiseSchedule, Prediction]:

@@ -231,9 +231,12 @@ class VectorQuantizer(nn.Module):
                 f"{continuous.shape[-1]}; make the encoder's num_outputs {self.num_inputs}."
             )
         latents = continuous.detach().view(-1, self.num_latents, self.vector_size)
-        distance = torch.cdist(
-            latents.float(), self.vectors.detach().float(), compute_mode="donot_use_mm_for_euclid_dist"
-        )
+        vectors = self.vectors.detach().float()
+        if torch.compiler.is_compiling():
+            # Other engines have no cdist; a compiler never holds the differences.
+            distance = (latents.float().unsqueeze(-2) - vectors).square().sum(dim=-1)
+        else:
+            distance = torch.cdist(latents.float(), vectors, compute_mode="donot_use_mm_for_euclid_dist")
         indices = distance.argmin(dim=-1)
         quantized = self.lookup(indices)
         return Quantized(straight_through(continuous, quantized), quantized, indices)
