@@ -27,3 +27,16 @@ def _own_cache(tmp_path_factory):
         del os.environ["STILLHOUSE_CACHE"]
     else:
         os.environ["STILLHOUSE_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    """A real browser, headless; tests that need one are skipped where there is none."""
+    from chromium import BINARIES, Chromium, binary
+
+    program = binary()
+    if program is None:
+        pytest.skip(f"there is no browser: none of {', '.join(BINARIES)} is on the path")
+    browser = Chromium(program, tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()

@@ -13,14 +13,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from stillhouse.bench import Comparison, Search, compare, search
     from stillhouse.engine import Method, Result, Stage, Update
+    from stillhouse.exporting import export
     from stillhouse.front import distil
     from stillhouse.recipe import Recipe, load_recipe
     from stillhouse.registry import entries as methods
 
 # Importing the package must cost nothing: what is asked for is imported then.
 _HOMES = {
+    "compare": "stillhouse.bench",
+    "Comparison": "stillhouse.bench",
+    "search": "stillhouse.bench",
+    "Search": "stillhouse.bench",
     "distil": "stillhouse.front",
+    "export": "stillhouse.exporting",
     "load_recipe": "stillhouse.recipe",
     "Recipe": "stillhouse.recipe",
     "Method": "stillhouse.engine",
@@ -30,7 +37,21 @@ _HOMES = {
     "methods": "stillhouse.registry",
 }
 
-__all__ = ["Method", "Recipe", "Result", "Stage", "Update", "distil", "load_recipe", "methods"]
+__all__ = [
+    "Comparison",
+    "Method",
+    "Recipe",
+    "Result",
+    "Search",
+    "Stage",
+    "Update",
+    "compare",
+    "distil",
+    "export",
+    "load_recipe",
+    "methods",
+    "search",
+]
 
 
 def __getattr__(name: str) -> Any:

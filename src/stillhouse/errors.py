@@ -10,11 +10,26 @@ class StillhouseError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str = "") -> None:
+        # What people and libraries write into it may hold line ends, or control a terminal.
+        line = "".join(c if c.isprintable() or c.isspace() else repr(c)[1:-1] for c in message)
+        line = " ".join(line.split()) if len(line.splitlines()) > 1 else line
+        # A sentence that ends with names, or with what was meant, gets or loses its full stop here.
+        line = line[:-1] if line.endswith("?.") else line
+        super().__init__(line if line.endswith((".", "?", "!", ":")) or not line else f"{line}.")
+
 
 class UserError(StillhouseError):
     """Something the user wrote or passed is wrong: a name, a field, a file, a shape."""
 
     exit_code = 2
+
+
+class UnreachableError(UserError):
+    """Something that a recipe names is not here: a model or data set of the hub, files, an import path.
+
+    What it says may well be right elsewhere: a dry run says so and goes on, where a run stops.
+    """
 
 
 class RunError(StillhouseError):

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from stillhouse.data import ObjectData
 from stillhouse.engine import Listener, Result, Run, RunDirectory, World
 from stillhouse.errors import UserError, nearest
-from stillhouse.recipe import Recipe, build_recipe
+from stillhouse.recipe import Recipe, build_recipe, load_recipe
 from stillhouse.registry import method_class
 
 
@@ -56,13 +56,8 @@ def distil(
         if name not in cls.model_fields:
             raise UserError(f"{method}: {name}: there is no such field; {nearest(name, cls.model_fields)}")
     values: dict[str, Any] = {"method": method, "seed": seed, "run": settings or {}, **fields}
-    if validation is not None or test is not None:
-        if data is None:
-            raise UserError("validation and test data were given without training data; pass it as data=.")
-        data = {"train": data} | {k: v for k, v in (("validation", validation), ("test", test)) if v is not None}
-    if data is not None:
-        # A mapping of tensors or splits is an object, unlike a mapping that writes a spec.
-        values["data"] = ObjectData.from_object(data) if isinstance(data, dict) and "kind" not in data else data
+    if (given := given_data(data, validation, test)) is not None:
+        values["data"] = given
     recipe = build_recipe(values, where=method)
     if out is not None:
         return run_recipe(recipe, Path(out), cache=cache, listener=listener)
@@ -70,6 +65,20 @@ def distil(
         result = run_recipe(recipe, Path(directory), cache=cache, listener=listener)
         result.directory = None
         return result
+
+
+def given_data(data: Any, validation: Any = None, test: Any = None) -> Any:
+    """What a recipe's ``data`` is when it is given as objects, as :func:`distil` takes them; None when nothing is given.
+
+    Raises:
+        UserError: validation or test data without training data.
+    """
+    if validation is not None or test is not None:
+        if data is None:
+            raise UserError("validation and test data were given without training data; pass it as data=.")
+        data = {"train": data} | {k: v for k, v in (("validation", validation), ("test", test)) if v is not None}
+    # A mapping of tensors or splits is an object, unlike a mapping that writes a spec.
+    return ObjectData.from_object(data) if isinstance(data, dict) and "kind" not in data else data
 
 
 def run_recipe(
@@ -122,6 +131,34 @@ def run_recipe(
     finally:
         torch.set_num_threads(threads)
         directory.release()
+
+
+def finished(recipe: Recipe, out: Path) -> dict[str, float | None] | None:
+    """The final numbers of a recipe's run in ``out``, None for one that is not finite; None when it has not ended there.
+
+    Raises:
+        UserError: ``out`` holds a run of another recipe, or of this one carried out otherwise.
+    """
+    if not (out / "metrics.json").exists() or not (out / "recipe.yaml").exists():
+        return None
+    if not _reads_as(recipe, out / "recipe.yaml"):
+        raise UserError(f"{out} holds a run of another recipe; remove it or choose another directory.")
+    measured: dict[str, float | None] = json.loads((out / "metrics.json").read_text())
+    return measured
+
+
+def _reads_as(recipe: Recipe, path: Path) -> bool:
+    """Whether a written recipe is this one; fields that are younger than the file have their defaults in it."""
+    if _plain(YAML(typ="safe", pure=True).load(path.read_text())) == _plain(recipe.dump()):
+        return True
+    try:
+        return _plain(load_recipe(path).dump()) == _plain(recipe.dump())
+    except UserError:  # Such as that it names an object, which only the recipe at hand has.
+        return False
+
+
+def _plain(values: Any) -> str:
+    return json.dumps(values, sort_keys=True)
 
 
 def _same_recipe(recipe: Recipe, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any, Literal, cast, get_args, get_origin
 
 from pydantic import Field, create_model
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import ReusedAnchorWarning, YAMLError
 
 from stillhouse.engine import Method, Settings
 from stillhouse.engine.storage import write_text
 from stillhouse.errors import UserError, nearest
 from stillhouse.registry import entries, method_class, recipes
-from stillhouse.spec import Spec, Tagged, read
+from stillhouse.spec import SHOWN, Spec, Tagged, read, spec_in
+
+DEEPEST, MOST = 100, 100_000
+"""Levels and values that a recipe may have: aliases of aliases multiply."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,11 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, seed: int 
     """
     path = find_recipe(source)
     try:
-        values = _yaml().load(path.read_text())
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark is not None else ""
-        raise UserError(f"{path}: this is not valid YAML{line}: {getattr(error, 'problem', None) or error}.") from None
+        values = parse(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: a recipe is UTF-8 text, which this file is not.") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}.") from None
     if not isinstance(values, dict) or "method" not in values:
         raise UserError(f"{path}: a recipe is a mapping with the key 'method'; add 'method: NAME'.")
     recipe = build_recipe(values, overrides, where=str(path))
@@ -134,30 +138,49 @@ def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, wh
     return Recipe(method=cls.model_construct(**fields), seed=validated.seed, settings=validated.run, source=where)
 
 
+def field_at(recipe: Recipe, path: str) -> Any:
+    """The annotation of the field that a key path of the method names.
+
+    Raises:
+        UserError: there is no such field.
+    """
+    here, _, last = _reach(type(recipe.method), recipe.method.dump(), path)
+    return _field(here, last, path)[0]
+
+
 def _override(model: type[Spec], raw: dict[str, Any], override: str) -> None:
     """Put ``key.path=value`` into the raw values."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"{override!r} is no override; write key=value, such as temperature=4.")
+    here, raw, last = _reach(model, raw, path)
+    if last == "kind" and isinstance(here, type) and issubclass(here, Tagged):
+        raw.clear()
+        raw["kind"] = text
+        return
+    annotation, _ = _field(here, last, path)
+    try:
+        raw[last] = _value(annotation, text)
+    except Refused as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _reach(model: type[Spec], raw: dict[str, Any], path: str) -> tuple[Any, dict[str, Any], str]:
+    """The spec that the last key of a path is a field of, its values within ``raw`` (as mappings from here on), the key."""
     *heads, last = path.split(".")
     here: Any = model
     for done, head in enumerate(heads):
         key = ".".join(heads[: done + 1])
         annotation, default = _field(here, head, key)
         value = raw.get(head, default)
-        family = _spec_in(annotation)
+        family = spec_in(annotation)
         if family is None or isinstance(value, list | tuple):
             raise UserError(f"{path}: {key!r} has no fields of its own; override it as a whole with {key}=...")
         value = _as_mapping(family, value, last if done == len(heads) - 1 else "", key)
         raw[head] = value
         raw = value
         here = family.members.get(str(value.get("kind")), family) if issubclass(family, Tagged) else family
-    if last == "kind" and isinstance(here, type) and issubclass(here, Tagged):
-        raw.clear()
-        raw["kind"] = text
-        return
-    annotation, _ = _field(here, last, path)
-    raw[last] = _value(annotation, text)
+    return here, raw, last
 
 
 def _as_mapping(family: type[Spec], value: Any, wanted: str, key: str) -> dict[str, Any]:
@@ -181,26 +204,73 @@ def _field(model: type[Spec], name: str, path: str) -> tuple[Any, Any]:
     return info.annotation, default
 
 
-def _spec_in(annotation: Any) -> type[Spec] | None:
-    """The spec class within an annotation such as ``Spec | None`` or ``Spec | tuple[Spec, ...]``."""
-    if isinstance(annotation, type) and issubclass(annotation, Spec):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _spec_in(part)) is not None), None)
-
-
 def _value(annotation: Any, text: str) -> Any:
     """Text stays text where the field takes text only; elsewhere it is read as YAML."""
     if annotation is str or (
         get_origin(annotation) is Literal and all(isinstance(a, str) for a in get_args(annotation))
     ):
         return text
-    family = _spec_in(annotation)
+    family = spec_in(annotation)
     if family is not None and issubclass(family, Tagged) and not text.startswith(("{", "[")):
         return None if text in ("null", "none") and family.members.get("none") is None else text
     try:
-        return _yaml().load(text)
-    except YAMLError:
+        return parse(text)
+    except Refused:
+        raise
+    except ValueError:
         return text
+
+
+class Refused(ValueError):
+    """YAML that can be read, of what no recipe holds."""
+
+
+def parse(text: str) -> Any:
+    """The values that YAML text writes: lists, mappings, text, numbers, yes and no, nothing.
+
+    Raises:
+        Refused: it is nested too deeply, holds too much, or something that no field takes.
+        ValueError: it cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ReusedAnchorWarning)
+            values = _yaml().load(text)
+        _counted(values, {}, 0)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark is not None else ""
+        reason = (str(getattr(error, "problem", None) or error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"this is not valid YAML{line}: {reason}") from None
+    except RecursionError:
+        raise Refused(f"this is nested more than {DEEPEST} levels deep") from None
+    return values
+
+
+def _counted(value: Any, known: dict[int, int], depth: int) -> int:
+    """How many values there are within one; aliases count as often as they stand.
+
+    Raises:
+        Refused: there are too many, or something that no field takes.
+    """
+    if depth > DEEPEST:
+        raise Refused(f"this is nested more than {DEEPEST} levels deep")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise Refused(f"{SHOWN.repr(value)} holds half of a character")
+    if value is None or isinstance(value, str | int | float):
+        return 1
+    if not isinstance(value, dict | list):
+        raise Refused(
+            f"a {type(value).__name__} stands where only text, numbers, lists and mappings may; put it in quotes"
+        )
+    if id(value) not in known:
+        # Met again while it is being counted, it holds itself.
+        known[id(value)] = MOST + 1
+        items = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_counted(item, known, depth + 1) for item in items)
+    if known[id(value)] > MOST:
+        raise Refused(f"this holds more than {MOST:,} values, or a list or mapping that holds itself")
+    return known[id(value)]
 
 
 def _yaml() -> YAML:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 from difflib import get_close_matches
-from typing import Any, ClassVar, Self
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -137,35 +139,141 @@ class Tagged(Spec):
         return handler(source)
 
 
+WORDS = {
+    "greater_than": "expected more than {gt}",
+    "greater_than_equal": "expected at least {ge}",
+    "less_than": "expected less than {lt}",
+    "less_than_equal": "expected at most {le}",
+    "multiple_of": "expected a multiple of {multiple_of}",
+    "finite_number": "expected a finite number",
+    "literal_error": "expected {expected}",
+    "string_too_short": "expected at least {min_length} characters",
+    "string_too_long": "expected at most {max_length} characters",
+    "string_pattern_mismatch": "expected text that matches {pattern}",
+    "too_short": "expected at least {min_length} items",
+    "too_long": "expected at most {max_length} items",
+    "is_instance_of": "expected a {class}",
+    "recursion_loop": "expected no list or mapping that holds itself",
+    "invalid_key": "expected text as a key",
+}
+"""What pydantic found, by its name for it."""
+
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "dict": "a mapping"}
+"""What was expected where pydantic names a type, by the first word of its name for it."""
+
+SHOWN = reprlib.Repr()
+SHOWN.maxstring = SHOWN.maxother = 60
+SHOWN.maxlevel, SHOWN.maxlist, SHOWN.maxtuple, SHOWN.maxdict = 3, 4, 4, 4
+
+
 def first_problem(error: ValidationError, model: type[BaseModel]) -> tuple[str, str]:
     """The first problem of a validation error as (dotted key path, reason in words)."""
     problem = error.errors()[0]
-    path = [str(part) for part in problem["loc"] if not _names_a_type(str(part))]
-    context = problem.get("ctx", {})
-    kind = problem["type"]
+    kind, context = problem["type"], problem.get("ctx", {})
+    path, annotation, owner = _place(problem["loc"], model, kind)
     if kind == "spec":
         reason = context["reason"]
         path += [part for part in context["path"].split(".") if part]
     elif kind == "extra_forbidden":
-        owner: Any = model
-        for part in path[:-1]:
-            field = owner.model_fields.get(part) if hasattr(owner, "model_fields") else None
-            owner = field.annotation if field is not None else None
-        valid = owner.model_fields if hasattr(owner, "model_fields") else {}
-        reason = "there is no such field" + (f"; {nearest(path[-1], valid)}" if valid else "")
-    elif kind == "value_error":
+        reason = "there is no such field" + (f"; {nearest(path[-1], owner.model_fields)}" if owner else "")
+    elif kind in ("value_error", "assertion_error"):
         reason = str(context["error"])
     elif kind == "missing":
-        reason = "this field is required"
+        reason = "this field is required" if isinstance(problem["loc"][-1], str) else "this item is missing"
     else:
-        message = problem["msg"]
-        reason = message[0].lower() + message[1:] + f", not {problem['input']!r}"
-    return ".".join(path), reason
+        reason = f"{_expected(kind, context, annotation)}, not {SHOWN.repr(problem['input'])}"
+    return ".".join(map(_readable, path)), reason
 
 
-def _names_a_type(part: str) -> bool:
-    """Whether a part of an error's path says which member of a union failed, which is no key that anybody wrote."""
-    return "[" in part or part[:1].isupper() or part in ("float", "int", "str", "bool", "none")
+def spec_in(annotation: Any) -> type[Spec] | None:
+    """The spec class within an annotation such as ``Spec | None`` or ``Spec | tuple[Spec, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := spec_in(part)) is not None), None)
+
+
+def _place(
+    location: tuple[int | str, ...], model: type[BaseModel], kind: str
+) -> tuple[list[str], Any, type[BaseModel] | None]:
+    """The keys of an error's location, the annotation of what stands there, and the spec whose field the last one is.
+
+    What else stands in a location says which member of a union failed, and is no key that anybody wrote.
+    """
+    path: list[str] = []
+    here: Any = model
+    owner: type[BaseModel] | None = None
+    for number, part in enumerate(location):
+        spec = model if here is model else spec_in(here)
+        if isinstance(part, int):
+            path.append(str(part))
+            here = _items(here)
+        elif spec is not None and part in spec.model_fields:
+            path.append(part)
+            here, owner = spec.model_fields[part].annotation, spec
+        elif kind == "extra_forbidden" and number == len(location) - 1:
+            path.append(part)
+            here, owner = Any, spec
+        elif _origin(here) is dict and "[" not in part:
+            path.append(part)
+            here = Any
+    return path, here, owner
+
+
+def _expected(kind: str, context: dict[str, Any], annotation: Any) -> str:
+    """What pydantic would have accepted, in words."""
+    if context.get("pattern") == IMPORT_PATH:
+        return "expected an import path such as 'package.module:Name'"
+    if kind in WORDS:
+        whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in context.items()}
+        return WORDS[kind].format(**whole)
+    head = kind.partition("_")[0]
+    if head in KINDS:
+        return f"expected {KINDS[head]}"
+    if head in ("tuple", "list", "set", "frozen", "iterable"):
+        item = _plural(_items(annotation))
+        return "expected a list" + (f" of {item}" if item else "")
+    spec = spec_in(annotation)
+    if head == "model" and spec is not None:
+        names = ", ".join(map(repr, list(spec.model_fields)[:3]))
+        return f"expected a mapping with fields such as {names}" if names else "expected a mapping"
+    return "expected something else"
+
+
+def _origin(annotation: Any) -> Any:
+    """What an annotation is of, such as ``tuple``; of a union, what its first part that is of something is of."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType, Annotated):
+        return next((found for part in get_args(annotation) if (found := _origin(part)) is not None), None)
+    return origin
+
+
+def _items(annotation: Any) -> Any:
+    """The annotation of the items of a list."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType, Annotated):
+        return next((found for part in get_args(annotation) if (found := _items(part)) is not None), None)
+    return get_args(annotation)[0] if origin in (tuple, list) and get_args(annotation) else None
+
+
+def _plural(annotation: Any) -> str:
+    """Several values of a type, in words; empty where there is no word."""
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return next((found for part in get_args(annotation) if (found := _plural(part))), "")
+    if isinstance(annotation, type) and issubclass(annotation, Tagged):
+        return f"{annotation.noun}s"
+    words = {
+        int: "whole numbers",
+        float: "numbers",
+        str: "texts",
+        bool: "true and false",
+        tuple: "lists",
+        list: "lists",
+    }
+    return words.get(get_origin(annotation) or annotation, "")
+
+
+def _readable(key: str) -> str:
+    return key if key.isprintable() and len(key) <= 60 else SHOWN.repr(key)
 
 
 def read(model: type[BaseModel], values: Any, *, where: str = "") -> Any:
@@ -180,5 +288,4 @@ def read(model: type[BaseModel], values: Any, *, where: str = "") -> Any:
         path, reason = first_problem(error, model)
         place = f"{where}: " if where else ""
         key = f"{path}: " if path else ""
-        end = "" if reason.endswith("?") else "."
-        raise UserError(f"{place}{key}{reason.rstrip('.')}{end}") from None
+        raise UserError(f"{place}{key}{reason}") from None

@@ -71,8 +71,8 @@ def test_without_the_cache_the_result_is_the_same(finished):
     [
         (["run", "sinkdd"], "did you mean 'sinkd'?"),
         (["run", "sinkd", "temprature=3"], "temprature: there is no such field; did you mean 'temperature'?"),
-        (["run", "sinkd", "epsilon=0"], "epsilon: input should be greater than 0, not 0"),
-        (["run", "sinkd", "num_iterations=0"], "num_iterations: input should be greater than or equal to 1, not 0"),
+        (["run", "sinkd", "epsilon=0"], "epsilon: expected more than 0, not 0"),
+        (["run", "sinkd", "num_iterations=0"], "num_iterations: expected at least 1, not 0"),
         (["run", "nowhere.yaml"], "there is no recipe file 'nowhere.yaml'"),
         (["run", "sinkd", "--sed", "3"], "--sed"),
         (["resume", "nowhere"], "nowhere holds no run"),

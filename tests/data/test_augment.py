@@ -117,7 +117,7 @@ def test_written_forms():
     ("value", "message"),
     [
         ("crop_flip", "did you mean 'crop-flip'"),
-        ({"kind": "shift", "by": -1}, "greater than or equal to 0"),
+        ({"kind": "shift", "by": -1}, "expected at least 0"),
         ({"kind": "kornia", "operations": []}, "at least 1 item"),
     ],
 )
@@ -146,3 +146,27 @@ def test_augmenting_what_has_no_images():
         data.split("train").batches(4, augment="shift")
     with pytest.raises(UserError, match="did you mean 'shift'"):
         load_data("digits").split("train").batches(4, augment="shifts")
+
+
+def test_a_resized_crop_shows_a_part_of_the_image_enlarged():
+    torch.manual_seed(0)
+    # Each pixel says where it is, so the crop's ends can be read off.
+    place = torch.linspace(0, 1, 32)
+    images = torch.stack([place[:, None].expand(32, 32), place[None].expand(32, 32)])[None].repeat(500, 1, 1, 1)
+    crop = Augment.parse({"kind": "resized-crop", "smallest": 0.25, "ratio": 2.0})
+    seen = crop(images)
+    assert seen.shape == images.shape
+    high = (seen[:, 0, -1, 0] - seen[:, 0, 0, 0]) * 31 / 31
+    wide = seen[:, 1, 0, -1] - seen[:, 1, 0, 0]
+    assert 0.4 < float((wide < 0).float().mean()) < 0.6, "half are mirrored"
+    assert (high > 0).all()
+    area, ratio = high * wide.abs(), wide.abs() / high
+    assert 0.2 < area.min() < 0.3
+    assert area.max() <= 1.001
+    assert 0.45 < ratio.min() < 0.7
+    assert 1.5 < ratio.max() < 2.2
+    # The whole image, unmirrored, is the image.
+    whole = Augment.parse({"kind": "resized-crop", "smallest": 1.0, "ratio": 1.0, "flip": False})
+    assert torch.allclose(whole(images), images, atol=1e-5)
+    index = torch.arange(4)
+    assert torch.equal(crop.fixed(images[:4], index, 1), crop.fixed(images[:4], index, 1))

@@ -77,7 +77,7 @@ def test_fingerprints_follow_content_and_fields():
 
 def test_sizes_of_digits():
     assert load_data({"kind": "digits", "image_size": 16}).facts.input_shape == (1, 16, 16)
-    with pytest.raises(UserError, match="greater than or equal to 4"):
+    with pytest.raises(UserError, match="expected at least 4"):
         load_data({"kind": "digits", "image_size": 2})
 
 

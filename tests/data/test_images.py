@@ -90,3 +90,42 @@ def test_modes_of_images():
     assert as_bytes(Image.new("L", (3, 2), 9)).tolist() == [[[9] * 3] * 2]
     assert as_bytes(Image.new("RGBA", (3, 2))).shape == (3, 2, 3)
     assert as_bytes(Image.new("P", (3, 2)), channels=1).shape == (1, 2, 3)
+
+
+def test_images_without_labels_however_they_lie(tmp_path):
+    fill(tmp_path / "flat" / "a", classes=("",), count=10)
+    flat = load_data(f"folder:{tmp_path / 'flat' / 'a'}")
+    assert flat.facts.task == "unlabelled"
+    assert flat.facts.num_classes is None
+    assert {name: len(split) for name, split in flat.splits.items()} == {"train": 7, "validation": 1, "test": 2}
+    assert set(flat.split("train").batch([0])) == {"pixel_values", "index"}
+    with pytest.raises(UserError, match="has no labels"):
+        _ = flat.split("train").labels
+
+    fill(tmp_path / "deep" / "one" / "two", count=5)
+    Image.new("RGB", (8, 8)).save(tmp_path / "deep" / "top.png")
+    deep = load_data({"kind": "folder", "path": str(tmp_path / "deep"), "labels": False, "validation": 0, "test": 0})
+    assert len(deep.split("train")) == 11
+    assert load_data(f"folder:{tmp_path / 'deep'}").facts.class_names == ("one",), "sub-directories are classes by default"
+    with pytest.raises(UserError, match="it needs one per class, or images without labels"):
+        load_data({"kind": "folder", "path": str(tmp_path / "flat" / "a"), "labels": True})
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_files_that_cannot_be_read_are_told_and_not_an_input(tmp_path, in_memory):
+    fill(tmp_path, count=3)
+    whole = (tmp_path / "cat" / "00.png").read_bytes()
+    (tmp_path / "dog" / "01.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "dog" / "02.png").write_bytes(b"nonsense")
+    fields = {"kind": "folder", "path": str(tmp_path), "labels": False, "validation": 0, "test": 0, "pixels": "unit"}
+    with pytest.raises(UserError, match="is not a readable image"):
+        load_data({**fields, "in_memory": True})
+    with pytest.raises(UserError, match="skip_unreadable needs image_size"):
+        load_data({**fields, "skip_unreadable": True})
+    data = load_data({**fields, "skip_unreadable": True, "image_size": 8, "in_memory": in_memory})
+    batch = data.split("train").batch(range(6))
+    assert batch["unreadable"].tolist() == [False, False, False, False, True, True]
+    assert not batch["pixel_values"][4:].any()
+    assert batch["pixel_values"][3].any()
+    assert list(batch.inputs) == ["pixel_values"]
+    assert list(data.facts.inputs) == ["pixel_values"]

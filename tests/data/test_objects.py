@@ -238,9 +238,48 @@ def test_import_paths(module):
         ("own_sets:nothing", "has no 'nothing'"),
         ("no_such_module:x", "could not be imported"),
         ("own_sets:number", "not int"),
-        ("own_sets:", "written package.module:name"),
+        ("own_sets:", "expected an import path such as"),
     ],
 )
 def test_bad_import_paths(path, message, module):
     with pytest.raises(UserError, match=message):
         load_data(path)
+
+
+FLOATS = torch.tensor([0.0, 1.0, 2.0] * 20)
+
+
+@pytest.mark.parametrize("form", ["pair", "dict", "dataset"])
+def test_float_labels_that_may_be_classes_are_asked_about(form):
+    x = torch.randn(60, 4)
+    value = {
+        "pair": (x, FLOATS),
+        "dict": {"features": x, "labels": FLOATS},
+        "dataset": torch.utils.data.TensorDataset(x, FLOATS),
+    }[form]
+    with pytest.raises(UserError, match=r"floats that are whole numbers \(0, 1, 2\): give classes as integers"):
+        load_data(value)
+    as_classes = load_data({"kind": "object", "object": value, "task": "classification"})
+    assert (as_classes.facts.task, as_classes.facts.num_classes) == ("classification", 3)
+    assert as_classes.split("train").batch([0]).labels.dtype == torch.long
+    as_numbers = load_data({"kind": "object", "object": value, "task": "regression"})
+    assert (as_numbers.facts.task, as_numbers.facts.num_classes) == ("regression", None)
+    assert as_numbers.split("train").batch([0]).labels.dtype == torch.float32
+    assert as_classes.fingerprint != as_numbers.fingerprint
+
+
+def test_labels_that_say_what_they_are_need_no_question():
+    x = torch.randn(60, 4)
+    assert load_data((x, FLOATS.long())).facts.task == "classification"
+    assert load_data((x, FLOATS + 0.5)).facts.task == "regression"
+    assert load_data((x, torch.arange(60.0))).facts.task == "regression"
+    assert load_data({"kind": "object", "object": (x, FLOATS.long()), "task": "regression"}).facts.task == "regression"
+    with pytest.raises(UserError, match="numbers with fractions"):
+        load_data({"kind": "object", "object": (x, FLOATS + 0.5), "task": "classification"})
+
+
+def test_a_function_gets_the_arguments_it_takes():
+    with pytest.raises(
+        UserError, match="cannot be called with the 'arguments' of the data: missing a required argument"
+    ):
+        load_data({"kind": "import", "path": "os:unlink"})

@@ -35,5 +35,5 @@ def test_it_is_the_same_every_time() -> None:
 def test_bad_fields_are_refused() -> None:
     from stillhouse.errors import UserError
 
-    with pytest.raises(UserError, match="modes: input should be greater than or equal to 1"):
+    with pytest.raises(UserError, match="modes: expected at least 1"):
         load_data({"kind": "ring", "modes": 0})

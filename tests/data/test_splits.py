@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.data.splits import balanced_order, carve, hashes, number_of
+from stillhouse.data import load_data
+from stillhouse.data.splits import balanced_order, carve, hashes, long_tailed, number_of
 from stillhouse.errors import UserError
 
 
@@ -55,3 +56,36 @@ def test_shares_are_exact_and_small_classes_stay_in_the_first_part():
 def test_too_few_samples_to_divide():
     with pytest.raises(UserError, match="4 samples are too few"):
         carve(torch.arange(4), 4, {"train": 0.9, "test": 0.1}, "s")
+
+
+def test_class_sizes_fall_exponentially():
+    labels = torch.arange(10).repeat(1000)
+    chosen = long_tailed(labels, 10, ratio=100)
+    assert labels[chosen].bincount().tolist() == [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10]
+    assert (chosen.diff() > 0).all()
+    assert set(long_tailed(labels, 10, ratio=200).tolist()) < set(chosen.tolist())
+    assert labels[long_tailed(labels, 10, ratio=1, most=5)].bincount().tolist() == [5] * 10
+    with pytest.raises(UserError, match="class 8 would have no sample"):
+        long_tailed(labels, 10, ratio=5000)
+    with pytest.raises(UserError, match="class 1 has 3 samples and is to have 50"):
+        long_tailed(torch.tensor([0] * 100 + [1] * 3), 2, ratio=2)
+
+
+def test_any_data_set_can_have_a_long_tail():
+    plain, tailed = load_data("digits"), load_data({"kind": "digits", "long_tail": {"ratio": 10, "most": 100}})
+    counts = tailed.split("train").labels.bincount().tolist()
+    assert (counts[0], counts[9]) == (100, 10)
+    assert counts == sorted(counts, reverse=True)
+    assert len(tailed.split("test")) == len(plain.split("test"))
+    assert tailed.scale == plain.scale
+    assert tailed.fingerprint != plain.fingerprint
+    x, y = torch.randn(400, 3), torch.arange(4).repeat(100)
+    own = load_data({"kind": "object", "object": {"train": (x, y), "test": (x, y)}, "long_tail": 5})
+    # All but what is set aside for validation.
+    assert own.split("train").labels.bincount().tolist()[::3] == [90, 18]
+    with pytest.raises(UserError, match="train_size and long_tail both choose"):
+        load_data({"kind": "digits", "train_size": 5, "long_tail": 2})
+    with pytest.raises(UserError, match="long_tail"):
+        load_data({"kind": "digits", "long_tail": 0.5})
+    with pytest.raises(UserError, match="no class labels"):
+        load_data({"kind": "object", "object": (x, x[:, 0]), "long_tail": 2})

@@ -151,3 +151,19 @@ def test_missing_files(tmp_path):
     pytest.importorskip("pyarrow")
     with pytest.raises(UserError, match="not a readable Parquet file"):
         load_data(f"parquet:{tmp_path / 'bad.parquet'}")
+
+
+def test_many_different_whole_numbers_are_asked_about(tmp_path):
+    path = tmp_path / "prices.csv"
+    path.write_text("a,label\n" + "".join(f"{row},{100 * row}\n" for row in range(150)))
+    with pytest.raises(UserError, match="takes 150 different whole numbers in 150 rows; say task: regression"):
+        load_data({"kind": "csv", "path": str(path)})
+    asked = {"kind": "csv", "path": str(path), "validation": 0, "test": 0}
+    assert load_data({**asked, "task": "regression"}).facts.task == "regression"
+    assert load_data({**asked, "task": "classification"}).facts.num_classes == 150
+
+
+def test_classes_in_floats_are_those_in_whole_numbers_and_in_their_order(tmp_path):
+    path = tmp_path / "classes.csv"
+    path.write_text("a,label\n" + "".join(f"{row},{(2.0, 10.0, '2', '10')[row % 4]}\n" for row in range(80)))
+    assert load_data(f"csv:{path}").facts.class_names == ("2", "10")

@@ -132,7 +132,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path):
     fields = write("csv", tmp_path / "rows.csv")
     with pytest.raises(UserError, match="'text' needs a tokenizer: a hub id, a directory, 'words' or 'bytes'"):
         load_data({**fields, "tokenizer": None})
-    with pytest.raises(UserError, match="vocabulary_size: input should be greater than or equal to 3"):
+    with pytest.raises(UserError, match="vocabulary_size: expected at least 3"):
         load_data({**fields, "vocabulary_size": 2})
 
 

@@ -421,7 +421,7 @@ def test_a_second_phase_starts_where_the_first_ended(tmp_path):
     ("fields", "message"),
     [
         ({"fake_guidance_scale": 2.0}, "'fake_guidance_scale' is 2.0, but the fake score is never guided"),
-        ({"generator_every": 0}, "generator_every: input should be greater than or equal to 1"),
+        ({"generator_every": 0}, "generator_every: expected at least 1"),
         ({"student_steps": [499, 249]}, "starts at the last step 999"),
         ({"student_steps": [999, 249, 499]}, "'student_steps' is .*, but a few-step schedule descends to at least 0"),
         ({"student_steps": [999, -1]}, "descends to at least 0"),

@@ -22,6 +22,8 @@ CONDENSED = ["network={kind: convnet, width: 4, depth: 2}", "eval_epochs=4", "ev
 DRAWN = ["num_steps=6", "batch_size=4", "eval_samples=12", "probe={kind: cnn, channels: [4]}", "probe_epochs=1"]
 SMALL_UNET = "{kind: unet, width: 8, multipliers: [1]}"
 CODED = ["data.size=16", "model.widths=[4]", "model.dense_widths=[8]", "num_steps=8", "batch_size=16"]
+DISTILLED = ["epochs=1", "teacher.epochs=1", "student.channels=[4, 4]", "teacher.model.channels=[8]"]
+LAYERED = ["epochs=1", "teacher.epochs=1", "student.channels=[4, 4, 4]", "teacher.model.channels=[8, 8, 8]"]
 TINY = {
     "autoencoder": CODED,
     "beta-tcvae": CODED,
@@ -44,8 +46,30 @@ TINY = {
     "k-center": CONDENSED,
     "random-selection": CONDENSED,
     "kd": ["epochs=1", "teacher.epochs=1", "student.channels=[4, 4]", "teacher.model.channels=[8]"],
+    "dhkd": DISTILLED,
+    "nd-loss": [*DISTILLED, "also=[{kind: kd, weight_soft: {start: 0, end: 1, until: 0.5, by: epoch}}]"],
+    "meal-v2": [
+        "epochs=1",
+        "teacher=[{kind: trained, model: 'cnn:8', epochs: 1}, {kind: trained, model: 'cnn:4', epochs: 1}]",
+        "student.channels=[4, 4]",
+        "start.epochs=1",
+        "mix=cutmix",
+    ],
+    "mixkd": [*DISTILLED, "study={temperatures: [std], student_mix: [none], teacher_mix: [none, mixup]}"],
+    "trg": [*DISTILLED, "student.strides=[2, 1]", "teacher.model.strides=[2]", "data.long_tail=5", "batch_size=16"],
     "sinkd": ["epochs=1", "teacher.epochs=1", "student.channels=[4, 4]", "teacher.model.channels=[8]"],
+    "sla": ["epochs=2", "student.channels=[4, 4]", "inference=aggregated", "views_at_once=3"],
+    "ssld": [*DISTILLED, "finetune_epochs=1", "per_class=5", "fix={image_size: 10, epochs: 1}"],
     "supervised": ["epochs=1", "model.channels=[4, 4]"],
+    "label-smoothing": ["epochs=1", "model.channels=[4, 4]"],
+    "ema-teacher": ["epochs=1", "model.channels=[4, 4]"],
+    **dict.fromkeys(["at", "cc", "dist", "dkd", "mgd", "nst", "ofd", "pkt", "reviewkd", "rkd", "sp", "vid"], DISTILLED),
+    "ab": [*DISTILLED, "init_epochs=1"],
+    "ft": [*DISTILLED, "init_epochs=1"],
+    "crd": [*DISTILLED, "negatives=16"],
+    "fitnet": [*DISTILLED, "init_epochs=1"],
+    "fsp": [*LAYERED, "init_epochs=1"],
+    "kdsvd": LAYERED,
 }
 # The stage that a method is about, for those that are killed.
 MAIN = {"datadam": "matching", "dmd2": "student", "qlae": "autoencoder", "sinkd": "student"}

@@ -303,7 +303,7 @@ def test_bad_input_gives_one_sentence(tmp_path):
             ({"data": {**TINY["data"], "pixels": "standard"}}, "but this method needs [0, 1]; set data.pixels=unit"),
             (
                 {"model": {**MODEL, "num_values": 1}},
-                "model.num_values: input should be greater than or equal to 2, not 1",
+                "model.num_values: expected at least 2, not 1",
             ),
             ({"model": {**MODEL, "widths": [4] * 5}}, "is not divisible by 32; use fewer stages"),
             ({"model": {"kind": "mlp", "num_outputs": 3}}, "trains an autoencoder (kind: autoencoder), not MLP"),

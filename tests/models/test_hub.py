@@ -232,7 +232,7 @@ def test_only_a_head_may_have_another_size(stored):
             TEXT,
             "There is no model directory './nowhere'; give a directory that exists or a hub id.",
         ),
-        ({"name": "a/b", "task": "classify"}, TEXT, "model.task: input should be 'auto', 'classification'"),
+        ({"name": "a/b", "task": "classify"}, TEXT, "model.task: expected 'auto', 'classification'"),
     ],
 )
 def test_one_sentence_for_what_is_wrong(fields, facts, message):

@@ -7,7 +7,7 @@ from torch import nn
 from stillhouse.errors import UserError
 from stillhouse.facts import Facts
 from stillhouse.models import ModelSpec
-from stillhouse.models.layers import classifier, named, paired, stages
+from stillhouse.models.layers import classifier, named, paired, parameters_by_stage, stages
 
 IMAGES = {"pixel_values": torch.randn(2, 3, 32, 32)}
 FACTS = Facts(inputs={"pixel_values": (3, 32, 32)}, num_classes=10, task="classification")
@@ -111,3 +111,17 @@ def test_named_layers_and_what_cannot_be_found():
         classifier(nn.Sequential(nn.Flatten(), nn.Linear(3072, 4), nn.ReLU()), IMAGES)
     with pytest.raises(UserError, match="has no hidden layer to read"):
         stages(nn.Sequential(nn.Flatten(), nn.Linear(3072, 4)), IMAGES)
+
+
+def test_parameters_belong_to_the_stage_in_which_they_run():
+    model = build("resnet:8")
+    groups, rest = parameters_by_stage(model, IMAGES)
+    assert [len(names) for names in groups] == [9, 9, 9]
+    assert {name.partition(".")[0] for name in groups[0]} == {"stem", "stages"}
+    assert all(name.startswith("stages.1.") for name in groups[1])
+    assert rest == ["classifier.weight", "classifier.bias"]
+    assert sorted([*groups[0], *groups[1], *groups[2], *rest]) == sorted(name for name, _ in model.named_parameters())
+    groups, rest = parameters_by_stage(build({"kind": "vit", "patch": 8, "dim": 12, "depth": 2, "heads": 2}), IMAGES)
+    assert len(groups) == 2
+    assert any("." not in name for name in groups[0]), "what belongs to no layer, such as positions, counts to the first"
+    assert "classifier.weight" in rest

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from stillhouse import memory
 from stillhouse.errors import UserError
 from stillhouse.facts import Facts
 from stillhouse.models import ModelSpec, Taps, count_parameters, fingerprint, initialise
@@ -197,7 +198,7 @@ def test_mlp_takes_vectors():
     [
         ("convnt", CIFAR10, "model: there is no model 'convnt'; did you mean 'convnet'?"),
         ({"kind": "convnet", "widht": 3}, CIFAR10, "model.widht: there is no such field; did you mean 'width'?"),
-        ({"kind": "convnet", "depth": 0}, CIFAR10, "model.depth: input should be greater than or equal to 1, not 0."),
+        ({"kind": "convnet", "depth": 0}, CIFAR10, "model.depth: expected at least 1, not 0."),
         ("mlp:3x4", CIFAR10, "model: '3x4' is not whole numbers joined by '-'; write it as in 'mlp:256-256'."),
         ("convnet:deep", CIFAR10, "model: 'deep' is not a depth; write it as in 'convnet:4'."),
         ("wrn:16", CIFAR10, "model: '16' is not a depth and a widen factor; write it as in 'wrn:16-2'."),
@@ -234,3 +235,28 @@ def test_one_sentence_for_what_is_wrong(spec, known, message):
         build(spec, known)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ({"kind": "mlp", "widths": [10**12]}, "The model 'mlp' would take more than the "),
+        ({"kind": "mlp", "widths": [10**6, 10**7]}, "The model 'mlp' would take more than the "),
+        ({"kind": "mlp", "widths": [10**30]}, "The model 'mlp' would take more than the "),
+        ({"kind": "cnn", "channels": [10**9]}, "The model 'cnn' would take more than the "),
+        ({"kind": "unet", "width": 8 * 10**9}, "The model 'unet' would take more than the "),
+        ({"kind": "vit", "dim": 9, "mlp_ratio": 1e308}, "The model 'vit' has sizes that no memory holds"),
+        ({"kind": "vit", "depth": 10**12}, "model.depth: expected at most 1000, not 1000000000000."),
+        ({"kind": "convnet", "depth": 10**12}, "model.depth: expected at most 1000, not 1000000000000."),
+    ],
+)
+def test_sizes_that_no_memory_holds_are_refused_before_anything_is_allocated(spec, sentence):
+    with pytest.raises(UserError) as caught:
+        build(spec, CIFAR10)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_network_of_too_many_tensors_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "TENSORS", 50)
+    with pytest.raises(UserError, match="would have more than 50 tensors; make it less deep"):
+        build("resnet:56", CIFAR10)

@@ -112,7 +112,7 @@ def test_torch_s_own_classes():
         ("own_nets:wrong", "'own_nets:wrong' made a str, not a torch.nn.Module."),
         ("own_nets:made", "'own_nets:made' is a module already made; name the class or function that makes it."),
         ("own_nets:number", "'own_nets:number' is a int; name a class or function that makes a module."),
-        ("own nets:Small", "model.path: string should match pattern"),
+        ("own nets:Small", "model.path: expected an import path such as"),
         ("file", "model: 'file' needs a path, as in 'file:runs/teacher/model'."),
         (3, "model: a model is text, a mapping with 'kind', or a torch.nn.Module, not a int."),
         (nn.Linear, "model: a model is a module, not the class Linear; call it, or write 'pkg.mod:Name'."),

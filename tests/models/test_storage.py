@@ -296,3 +296,20 @@ def test_state_that_is_no_tensor_is_named(tmp_path):
 
     with pytest.raises(UserError, match="'_extra_state' of Extra is a dict and not a tensor"):
         save(Extra(2, 2), tmp_path)
+
+
+def test_a_stored_network_as_a_backbone_with_a_fresh_head(tmp_path):
+    facts = Facts(inputs={"pixel_values": (1, 8, 8)}, num_classes=3)
+    stored = ModelSpec.parse("cnn:4-6").build(facts)
+    save(stored, tmp_path / "net")
+    spec = {"kind": "file", "path": str(tmp_path / "net"), "new_head": True}
+    other = Facts(inputs={"pixel_values": (1, 12, 12)}, num_classes=5)
+    built = ModelSpec.parse(spec).build(other)
+    assert built.classifier.out_features == 5
+    for name, value in stored.state_dict().items():
+        if not name.startswith("classifier"):
+            assert torch.equal(built.state_dict()[name], value)
+    again = ModelSpec.parse(spec).build(facts)
+    assert not torch.equal(again.classifier.weight, stored.classifier.weight), "also where the classes are as many"
+    with pytest.raises(UserError, match=r"new_head: 'blocks.0.conv.weight' has the shape"):
+        ModelSpec.parse(spec).build(Facts(inputs={"pixel_values": (3, 8, 8)}, num_classes=5))

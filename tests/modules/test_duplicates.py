@@ -1,9 +1,12 @@
 """Copies of images are found again when they were mirrored, cropped, darkened or blurred, and others are left alone."""
 
+import doctest
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from stillhouse.modules import duplicates
 from stillhouse.modules.duplicates import (
     BITS,
     Gallery,
@@ -98,3 +101,7 @@ def test_keypoints_tell_a_copy_from_another_image():
     same = matching_keypoints(images[:1], cropped(images[:1], 4).flip(-1))
     other = matching_keypoints(images[:1], images[1:])
     assert same >= 10 > 2 * other
+
+
+def test_the_examples_run():
+    assert doctest.testmod(duplicates, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0

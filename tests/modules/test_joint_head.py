@@ -34,7 +34,7 @@ def test_it_is_stored_with_its_transformations(bias, tmp_path):
     for again in (JointHead.load(tmp_path), JointHead.load(tmp_path, views)):
         assert torch.equal(again(x), head(x))
         assert again.views.dump() == views.dump()
-    with pytest.raises(UserError, match="was trained with the transformations .*product.*, not .*rotation"):
+    with pytest.raises(UserError, match=r"was trained with the transformations .*product.*, not .*rotation"):
         JointHead.load(tmp_path, Views.parse("rotation"))
 
 

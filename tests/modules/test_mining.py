@@ -1,9 +1,12 @@
 """The surest samples of each class, from a stream, equal to sorting everything."""
 
+import doctest
+
 import pytest
 import torch
 
 from stillhouse.errors import UserError
+from stillhouse.modules import mining
 from stillhouse.modules.mining import TopPerClass, confidence
 
 
@@ -79,3 +82,7 @@ def test_bad_input_and_nothing_seen():
     with pytest.raises(UserError, match="at least 1, not 0"):
         TopPerClass(3, 0)
     assert len(TopPerClass(3, 1).picked().index) == 0
+
+
+def test_the_examples_run():
+    assert doctest.testmod(mining, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0

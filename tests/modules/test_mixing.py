@@ -81,7 +81,7 @@ def test_a_box_has_the_area_that_its_share_says():
     for box in mixture.pasted[:50]:
         rows, columns = box.any(1), box.any(0)
         assert torch.equal(box, rows[:, None] & columns[None])
-        assert int((rows.int().diff().abs().sum())) <= 2
+        assert int(rows.int().diff().abs().sum()) <= 2
     assert mixture.pasted.flatten(1).any(1).float().mean() > 0.9
 
 
@@ -134,7 +134,7 @@ def test_bad_fields_are_refused(value, sentence):
 def test_what_cannot_be_mixed_is_refused_in_a_sentence():
     with pytest.raises(UserError, match="A batch of 1 sample has no two to mix"):
         Mixup().draw(torch.zeros(1, 3))
-    with pytest.raises(UserError, match="0.1 of a batch of 4 is not one sample"):
+    with pytest.raises(UserError, match=r"0\.1 of a batch of 4 is not one sample"):
         Mixup(fraction=0.1).draw(torch.zeros(4, 3))
     with pytest.raises(UserError, match="CutMix pastes boxes into images"):
         CutMix().draw(torch.zeros(4, 3))

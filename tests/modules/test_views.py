@@ -1,11 +1,13 @@
 """Transformations as labels: the registry, its algebra, and what it refuses."""
 
+import doctest
 from itertools import product
 
 import pytest
 import torch
 
 from stillhouse.errors import UserError
+from stillhouse.modules import views as module
 from stillhouse.modules.views import Views
 from stillhouse.spec import Spec
 
@@ -141,3 +143,7 @@ class Holder(Spec):
 def test_lists_that_are_none(value, reason):
     with pytest.raises(ValueError, match=reason):
         Holder(views=value)
+
+
+def test_the_examples_run():
+    assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0

@@ -48,6 +48,46 @@ def test_a_term_that_is_zero_is_dead(writer):
     )
 
 
+def sampled(shares, update="loss"):
+    """Rows with each term's share of the gradient, sized alike."""
+    return [
+        {"stage": "student", "step": 10 * (i + 1)}
+        | {f"{update}/{name}": 1.0 for name in row}
+        | {f"{update}/{name}/gradient_share": share for name, share in row.items()}
+        for i, row in enumerate(shares)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shares", "found"),
+    [
+        ([{"ce": 0.9995, "pull": 0.0005}] * 4, "pull gives 0.05 % of the gradient of the loss, 3 samples in a row"),
+        ([{"ce": 0.995, "pull": 0.005}] * 4, "ce gives 99.5 % of the gradient of the loss, 3 samples in a row"),
+        ([{"ce": 0.9, "pull": 0.1}] * 4, None),
+        ([{"ce": 0.9995, "pull": 0.0005}, {"ce": 0.9, "pull": 0.1}] * 4, None),
+    ],
+)
+def test_shares_of_the_gradient_decide_where_they_were_sampled(writer, shares, found):
+    writer.stage().rows(sampled(shares))
+    check = judged(writer, DEAD)
+    assert check.state == ("good" if found is None else "warn")
+    assert len(check.found) == (found is not None)
+    assert found is None or check.found[0].startswith(f"Stage student: {found}")
+
+
+def test_too_few_samples_leave_the_judgement_to_the_sizes(writer):
+    rows = sampled([{"ce": 0.5, "pull": 0.5}] * 2)
+    writer.stage().rows([{**row, "loss/pull": 1e-5} for row in rows])
+    (sentence,) = judged(writer, DEAD).found
+    assert "pull adds 1e-05 to the loss where ce adds 1" in sentence
+
+
+def test_a_small_term_with_a_fair_share_is_not_dead(writer):
+    rows = sampled([{"ce": 0.5, "pull": 0.5}] * 4)
+    writer.stage().rows([{**row, "loss/pull": 1e-5} for row in rows])
+    assert judged(writer, DEAD).state == "good"
+
+
 def test_terms_of_different_updates_are_not_compared(writer):
     writer.stage(updates=("loss", "critic")).rows(curve([2.0] * 8, **{"critic/fit": 1e-9}))
     assert judged(writer, DEAD).state == "open"

@@ -8,15 +8,14 @@ import importlib
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
-import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from run_writer import logged, png
 from stillhouse.errors import UserError
 from stillhouse.report import build, environment
 from stillhouse.report.charts import Axis, Line, chart
@@ -68,36 +67,11 @@ def parsed(page):
     return found
 
 
-def png(width, height):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    rows = zlib.compress(b"".join(b"\0" + bytes(width) for _ in range(height)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def log(count=20, steps=200):
-    rows = []
-    for i in range(1, count + 1):
-        step = i * steps // count
-        rows.append(
-            {
-                "stage": "student",
-                "step": step,
-                "loss/ce": 2 / i,
-                "loss/ce/scale": 0.2 / i,
-                "loss/kd": 1 + 1 / i,
-                "loss/lr/student": 0.1 * (1 - i / (count + 1)),
-            }
-        )
-        rows.append({"stage": "student", "step": step, "validation/accuracy": 0.9 - 0.5 / i})
-    return rows
-
-
 @pytest.fixture
 def finished(writer):
-    writer.stage(steps=200, student="trained CNN [(6, 1, 3, 3), (6,)]", teacher="frozen CNN [(10, 2), ()]").rows(log())
+    writer.stage(steps=200, student="trained CNN [(6, 1, 3, 3), (6,)]", teacher="frozen CNN [(10, 2), ()]").rows(
+        logged()
+    )
     writer.json("cost.json", {"teacher": 75.0, "student": 2.5})
     numbers = {"test/student/accuracy": 0.98607242, "test/student-alone/accuracy": 0.98050139}
     writer.json("metrics.json", numbers | {"test/teacher/accuracy": 0.99164345, "parameters/student": 3628.0})
@@ -197,7 +171,7 @@ def test_the_page_is_written_whole_or_not_at_all(finished, monkeypatch):
 
 
 def test_an_unfinished_run_says_how_far_it_is(writer):
-    writer.stage(steps=400).rows(log())
+    writer.stage(steps=400).rows(logged())
     page = build(writer.path).read_text()
     said = parsed(page).said
     assert "Not finished: in stage student, step 200 of 400 as logged." in said
@@ -220,13 +194,13 @@ def test_a_run_that_has_hardly_begun_has_a_page(writer, yields, words):
 
 
 def test_a_run_between_stages_says_after_which(writer):
-    writer.stage(steps=200).rows(log())
+    writer.stage(steps=200).rows(logged())
     (writer.path / "checkpoints" / "student" / "end").mkdir(parents=True)
     assert "Not finished: after the stage student" in parsed(build(writer.path).read_text()).said
 
 
 def test_a_log_that_was_cut_short_is_read_up_to_there(writer):
-    writer.stage(steps=400).rows(log())
+    writer.stage(steps=400).rows(logged())
     with (writer.path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "student", "st')
     assert "1 line of metrics.jsonl could not be read and is left out." in parsed(build(writer.path).read_text()).said
@@ -315,7 +289,7 @@ def test_stages_that_differ_in_a_number_share_a_figure(writer):
 
 
 def test_a_nested_run_shows_its_curves_before_the_stage_that_used_it(writer):
-    writer.rows(log()).rows(
+    writer.rows(logged()).rows(
         [{"stage": "model", "step": s, "loss/ce": 1 / s} for s in (1, 2)], "subruns/teacher/metrics.jsonl"
     )
     said = parsed(build(writer.path).read_text()).said
@@ -359,6 +333,26 @@ def test_what_is_wrong_is_one_sentence(writer, name, text, sentence):
     assert not (writer.path / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("result/tables.json", {"tables": [{"title": "t", "columns": 3, "rows": [5]}]}),
+        ("result/tables.json", {"tables": 7, "notes": [1]}),
+        ("result/inputs.json", {"splits": [1], "inputs": 3, "pixels": {"black": "x"}}),
+        ("run.json", {"method": 3, "environment": [1], "command": 5}),
+        ("checkpoints/yields.json", [[{"kind": "stage", "name": ["x"], "modules": 3, "updates": 4}]]),
+        ("metrics.json", {"test/a/accuracy": [1], "parameters/a": {"b": 1}}),
+        ("export/export.json", [{"format": 3, "file": [1], "load": {}, "latency_ms": {"x": 1}}]),
+    ],
+)
+def test_json_of_another_shape_gives_a_page_or_one_sentence(writer, name, value):
+    writer.stage(steps=200).rows(logged()).json(name, value)
+    try:
+        parsed(build(writer.path).read_text())
+    except UserError as error:
+        assert str(error).startswith("run")  # noqa: PT017
+
+
 def test_a_directory_that_is_not_there_holds_no_run(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         build(tmp_path / "nowhere")
@@ -374,7 +368,7 @@ def points(svg):
 def test_a_chart_puts_points_where_they_belong():
     svg = chart([Line("ce", [(0, 0.0), (50, 1.0), (100, 0.5)])], label="x", steps=100)
     ((first, middle, last),) = points(svg)
-    assert (first[0], middle[0], last[0]) == (48, 199, 350)
+    assert (first[0], middle[0], last[0]) == (48, 179, 310)
     assert first[1] > last[1] > middle[1]
     assert last[1] == pytest.approx((first[1] + middle[1]) / 2, abs=0.1)
 

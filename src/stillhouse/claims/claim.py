@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,13 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from scipy.special import stdtrit
-
 from stillhouse.engine import Listener, Signals
 from stillhouse.engine.storage import write_text
 from stillhouse.errors import UserError, nearest
-from stillhouse.front import run_recipe
-from stillhouse.recipe import build_recipe, load_recipe
+from stillhouse.front import finished, run_recipe
+from stillhouse.metrics import paired_difference
+from stillhouse.recipe import build_recipe
 from stillhouse.registry import entries
 from stillhouse.report import environment
 
@@ -198,7 +196,7 @@ def run_claim(
         for seed in chosen:
             recipe = build_recipe({**claim.values(arm), "seed": seed}, where=f"claim {claim.name}, arm {arm}")
             out = home / f"{arm}-{seed}"
-            measured = _finished(out, recipe.dump())
+            measured = finished(recipe, out)
             if measured is None:
                 told = {**about, "command": ["stillhouse", "claims", claim.name]}
                 run_recipe(recipe, out, listener=listener(arm, seed), signals=signals, about=told)
@@ -261,27 +259,20 @@ def judge(margin: Margin, arms: Mapping[str, Mapping[str, Sequence[float | None]
         return {**asdict(margin), **failed, "finding": f"{where}: {why}, asked {margin.by:+g}: fails"}
     sign = 1 if margin.mode == "max" else -1
     differences = [sign * (a - b) / scale for a, b in zip(ours, theirs, strict=True)]
-    mean, count = statistics.fmean(differences), len(differences)
-    holds = mean >= margin.by
-    std: float | None = None
-    interval: list[float] | None = None
-    within = "one seed"
-    if count > 1:
-        std = statistics.stdev(differences)
-        half = float(stdtrit(count - 1, 0.975)) * std / math.sqrt(count)
-        interval = [mean - half, mean + half]
-        within = f"95 % interval {interval[0]:+.3g} to {interval[1]:+.3g}"
+    found = paired_difference(differences)
+    holds, interval = found.mean >= margin.by, found.interval
+    within = "one seed" if interval is None else f"95 % interval {interval[0]:+.3g} to {interval[1]:+.3g}"
     clear = interval is not None and (interval[0] >= margin.by if holds else interval[1] < margin.by)
     unit = " of its mean" if margin.ratio else ""
     verdict = ("holds" if holds else "fails") + ("" if clear else ", within noise")
     return {
         **asdict(margin),
-        "measured": mean,
-        "std": std,
-        "interval": interval,
+        "measured": found.mean,
+        "std": found.std,
+        "interval": None if interval is None else list(interval),
         "holds": holds,
         "clear": clear,
-        "finding": f"{where}: {mean:+.4g}{unit} ({within}), asked {margin.by:+g}: {verdict}",
+        "finding": f"{where}: {found.mean:+.4g}{unit} ({within}), asked {margin.by:+g}: {verdict}",
     }
 
 
@@ -294,15 +285,6 @@ def _environment(out: Path) -> dict[str, Any]:
     path = out / "run.json"
     found: dict[str, Any] = json.loads(path.read_text()).get("environment", {}) if path.exists() else {}
     return found
-
-
-def _finished(out: Path, values: Mapping[str, Any]) -> dict[str, float | None] | None:
-    if not (out / "metrics.json").exists() or not (out / "recipe.yaml").exists():
-        return None
-    if load_recipe(out / "recipe.yaml").dump() != values:
-        raise UserError(f"{out} holds a run of another recipe; remove it or choose another directory.")
-    measured: dict[str, float | None] = json.loads((out / "metrics.json").read_text())
-    return measured
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -74,6 +74,9 @@ class ProgressBar:
         if self.task is not None and shown:
             self.progress.update(self.task, completed=row["step"], terms=escape("  ".join(shown[:5])))
 
+    def measured(self, stage: str, step: int, metric: str, value: float, mode: Literal["max", "min"]) -> None:
+        """Nothing: the row shows it."""
+
     def say(self, sentence: str) -> None:
         """Print a sentence above the bar."""
         self.progress.console.print(escape(sentence), style="yellow", highlight=False)
@@ -85,4 +88,4 @@ class ProgressBar:
 
 
 def _shown(key: str, value: Any) -> bool:
-    return isinstance(value, float) and "/lr" not in key and not key.endswith("/scale")
+    return isinstance(value, float) and "/lr" not in key and not key.endswith(("/scale", "/gradient_share"))

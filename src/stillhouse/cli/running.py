@@ -19,7 +19,6 @@ from stillhouse.cli.tables import result_table
 from stillhouse.engine import Interrupted, Result, Signals, World
 from stillhouse.errors import UserError
 from stillhouse.front import run_recipe
-from stillhouse.models import ModelSpec, count_parameters
 from stillhouse.recipe import Recipe, load_recipe
 from stillhouse.report import build, environment
 
@@ -50,35 +49,6 @@ def go_on(directory: Path) -> None:
     recipe = load_recipe(directory / "recipe.yaml")
     known = json.loads((directory / "run.json").read_text()) if (directory / "run.json").exists() else {}
     _go(recipe, directory, World.start(recipe.settings.device), cache=known.get("cache", True))
-
-
-def dry(source: str, overrides: Sequence[str], *, seed: int | None) -> None:
-    """Read a recipe, load its data, build its models, and say what a run would do."""
-    recipe = load_recipe(source, overrides, seed=seed)
-    console = Console()
-    data = recipe.method.data.load()
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
-    console.print(
-        f"data {data.name}: {sizes}; inputs {data.facts.inputs}, classes {data.facts.num_classes}", highlight=False
-    )
-    for name, spec in _models(recipe.method):
-        model = spec.build(data.facts)
-        console.print(f"{name}: {type(model).__name__}, {count_parameters(model):,} parameters", highlight=False)
-    console.print("the recipe is valid; nothing was trained.")
-
-
-def _models(spec: Any, path: str = "") -> list[tuple[str, ModelSpec]]:
-    """All model specs within a spec, with their key paths."""
-    found: list[tuple[str, ModelSpec]] = []
-    for name in type(spec).model_fields:
-        value = getattr(spec, name)
-        for item in value if isinstance(value, tuple) else (value,):
-            here = f"{path}{name}"
-            if isinstance(item, ModelSpec):
-                found.append((here, item))
-            elif hasattr(type(item), "model_fields"):
-                found += _models(item, here + ".")
-    return found
 
 
 def _go(recipe: Recipe, directory: Path, world: World, *, cache: bool) -> None:

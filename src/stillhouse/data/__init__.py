@@ -6,11 +6,11 @@
 torch.Size([32, 1, 8, 8])
 """
 
-from stillhouse.data.augment import Augment, CropFlip, Kornia, NoAugment, Shift
+from stillhouse.data.augment import Augment, CropFlip, Kornia, NoAugment, ResizedCrop, Shift
 from stillhouse.data.batch import Batch
 from stillhouse.data.batches import Batches, Stream
 from stillhouse.data.classic import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST
-from stillhouse.data.dataset import Data, DataSpec, Split, load_data, read_spec
+from stillhouse.data.dataset import Data, DataSpec, LongTail, Split, load_data, read_spec
 from stillhouse.data.hub import HubData
 from stillhouse.data.images import FolderData
 from stillhouse.data.intents import CLINC150
@@ -18,7 +18,9 @@ from stillhouse.data.objects import ImportedData, ObjectData
 from stillhouse.data.pixels import PixelScale
 from stillhouse.data.points import Ring
 from stillhouse.data.procedural import DSprites, Scenes, Sprites
+from stillhouse.data.randaugment import RandAugment
 from stillhouse.data.tables import CSVData, JSONLData, ParquetData
+from stillhouse.data.unions import fitted, union
 from stillhouse.facts import Facts
 
 __all__ = [
@@ -42,16 +44,21 @@ __all__ = [
     "ImportedData",
     "JSONLData",
     "Kornia",
+    "LongTail",
     "NoAugment",
     "ObjectData",
     "ParquetData",
     "PixelScale",
+    "RandAugment",
+    "ResizedCrop",
     "Ring",
     "Scenes",
     "Shift",
     "Split",
     "Sprites",
     "Stream",
+    "fitted",
     "load_data",
     "read_spec",
+    "union",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, ClassVar, Self
@@ -45,8 +46,8 @@ class Augment(Tagged):
             UserError: this augmentation draws for a batch as a whole.
         """
         raise UserError(
-            f"augment: {self.kind!r} draws for a batch as a whole, so a sample has no fixed views; 'none', 'crop-flip' and "
-            "'shift' have."
+            f"augment: {self.kind!r} draws for a batch as a whole, so a sample has no fixed views; 'none', 'crop-flip', "
+            "'resized-crop' and 'shift' have."
         )
 
 
@@ -67,7 +68,7 @@ class NoAugment(Augment):
 
 
 class Moving(Augment):
-    """Base of augmentations that move an image by whole pixels, each sample by integers of its own."""
+    """Base of augmentations that move or cut an image, each sample by random integers of its own."""
 
     def __call__(
         self, pixels: Float[Tensor, "batch channels height width"], *, rank: int = 0, world: int = 1
@@ -121,6 +122,35 @@ class Shift(Moving):
         self, pixels: Float[Tensor, "batch channels height width"], integers: Integers
     ) -> Float[Tensor, "batch channels height width"]:
         return moved(pixels, integers(2 * self.by + 1, 2), self.by, None)
+
+
+class ResizedCrop(Moving):
+    """A random part of the image, enlarged to the whole, then a mirror image half of the time (the ImageNet custom)."""
+
+    kind: ClassVar[str] = "resized-crop"
+
+    smallest: float = Field(0.08, gt=0, le=1)
+    """Least share of the image's area; the largest is all of it."""
+    ratio: float = Field(4 / 3, ge=1)
+    """Largest ratio of the part's sides, either way."""
+    flip: bool = True
+    """Mirror left and right with probability one half."""
+
+    def move(
+        self, pixels: Float[Tensor, "batch channels height width"], integers: Integers
+    ) -> Float[Tensor, "batch channels height width"]:
+        area, ratio, row, column = ((integers(2**24, 4) + 0.5) / 2**24).to(pixels.dtype).unbind(1)
+        area = self.smallest + (1 - self.smallest) * area
+        ratio = torch.exp((2 * ratio - 1) * math.log(self.ratio))
+        # In units of the image's sides, no longer than they are.
+        high, wide = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
+        down, right = (2 * row - 1) * (1 - high), (2 * column - 1) * (1 - wide)
+        if self.flip:
+            wide = torch.where(integers(2, 1)[:, 0].bool(), -wide, wide)
+        zero = torch.zeros_like(high)
+        corners = torch.stack([wide, zero, right, zero, high, down], 1).view(-1, 2, 3)
+        grid = F.affine_grid(corners, list(pixels.shape), align_corners=False)
+        return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 class Kornia(Augment):

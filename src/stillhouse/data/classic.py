@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stillhouse.data.blank import Blank
 from stillhouse.data.dataset import Data, ImageSpec
 from stillhouse.data.files import Files, LocalFiles
 from stillhouse.data.sources import Memory
 from stillhouse.data.splits import carve
-from stillhouse.errors import UserError
+from stillhouse.errors import UnreachableError, UserError
 
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -51,6 +52,28 @@ class Digits(ImageSpec):
 class LocalImages(LocalFiles, ImageSpec):
     """An image set in files of a known form; a fixed tenth of the training images, class by class, is for validation."""
 
+    shape: ClassVar[tuple[int, int, int]]
+    """Shape of an image."""
+    classes: ClassVar[int] = 10
+    """Number of classes."""
+    counts: ClassVar[tuple[int, int]]
+    """Images of the official training and test splits."""
+
+    def foreseen(self) -> Data | None:
+        train, test = self.counts
+        channels, *size = self.shape
+        sides = size if self.image_size is None else [self.image_size] * 2
+        form = {"pixel_values": ((channels, *sides), torch.uint8)}
+        counts = {"train": train - train // 10, "validation": train // 10, "test": test}
+        sources = {name: Blank(count, form, self.number_of_classes) for name, count in counts.items()}
+        scale = self.scale_of(sources["train"])
+        return self.assemble(sources, ["blank"], num_classes=self.number_of_classes, scale=scale)
+
+    @property
+    def number_of_classes(self) -> int:
+        """Number of classes that the labels say."""
+        return self.classes
+
     def read(self, files: Files) -> tuple[dict[str, tuple[Tensor, Tensor]], Sequence[str]] | None:
         """Images (bytes) and labels of "train" and "test", and the class names; ``None`` if no known layout is there."""
         raise NotImplementedError
@@ -59,7 +82,7 @@ class LocalImages(LocalFiles, ImageSpec):
         files = Files(self)
         found = self.read(files)
         if found is None:
-            raise UserError(files.missing())
+            raise UnreachableError(files.missing())
         parts, class_names = found
         held = {n: self.sized({"pixel_values": x, "labels": y.long()}) for n, (x, y) in parts.items()}
         labels = held["train"]["labels"]
@@ -104,6 +127,8 @@ class MNIST(LocalImages):
     """Handwritten digits, 28 x 28 grey, 54 000 / 6 000 / 10 000 (LeCun et al. 1998); official idx files, gzipped or not."""
 
     kind: ClassVar[str] = "mnist"
+    shape: ClassVar[tuple[int, int, int]] = (1, 28, 28)
+    counts: ClassVar[tuple[int, int]] = (60_000, 10_000)
     folders: ClassVar[tuple[str, ...]] = ("mnist", "MNIST/raw", "mnist/raw", "MNIST")
     origin: ClassVar[str] = "the four idx files of MNIST from https://ossci-datasets.s3.amazonaws.com/mnist/"
     sums: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -125,6 +150,8 @@ class FashionMNIST(LocalImages):
     """
 
     kind: ClassVar[str] = "fashion-mnist"
+    shape: ClassVar[tuple[int, int, int]] = (1, 28, 28)
+    counts: ClassVar[tuple[int, int]] = (60_000, 10_000)
     folders: ClassVar[tuple[str, ...]] = ("fashion_mnist", "fashion-mnist", "FashionMNIST/raw", "FashionMNIST")
     origin: ClassVar[str] = "the four idx files of https://github.com/zalandoresearch/fashion-mnist"
     sums: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -153,6 +180,8 @@ class CIFAR10(LocalImages):
     """
 
     kind: ClassVar[str] = "cifar10"
+    shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
+    counts: ClassVar[tuple[int, int]] = (50_000, 10_000)
     folders: ClassVar[tuple[str, ...]] = ("cifar10", "cifar-10-batches-bin", "cifar10/cifar-10-batches-bin", ".")
     origin: ClassVar[str] = "cifar-10-binary.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html"
     archive: ClassVar[str] = "cifar-10-binary.tar.gz"
@@ -189,6 +218,9 @@ class CIFAR100(LocalImages):
     """
 
     kind: ClassVar[str] = "cifar100"
+    shape: ClassVar[tuple[int, int, int]] = (3, 32, 32)
+    counts: ClassVar[tuple[int, int]] = (50_000, 10_000)
+    classes: ClassVar[int] = 100
     folders: ClassVar[tuple[str, ...]] = ("cifar100", "cifar-100-binary", "cifar100/cifar-100-binary", ".")
     origin: ClassVar[str] = "cifar-100-binary.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html"
     archive: ClassVar[str] = "cifar-100-binary.tar.gz"
@@ -201,6 +233,10 @@ class CIFAR100(LocalImages):
 
     labels: Literal["fine", "coarse"] = "fine"
     """The 100 classes, or the 20 groups they belong to."""
+
+    @property
+    def number_of_classes(self) -> int:
+        return self.classes if self.labels == "fine" else 20
 
     def read(self, files: Files) -> tuple[dict[str, tuple[Tensor, Tensor]], Sequence[str]] | None:
         fine = self.labels == "fine"

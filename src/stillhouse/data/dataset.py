@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,7 +20,7 @@ from stillhouse.data.batch import Batch
 from stillhouse.data.batches import Batches
 from stillhouse.data.pixels import PixelScale, PixelSpace, at_size
 from stillhouse.data.sources import MEMORY_LIMIT, Memory, Source, in_chunks
-from stillhouse.data.splits import RULE, balanced_order, carve
+from stillhouse.data.splits import RULE, balanced_order, carve, long_tailed
 from stillhouse.data.text import Tokenize
 from stillhouse.errors import UserError, nearest
 from stillhouse.facts import Facts, Task
@@ -159,6 +159,16 @@ class Split:
             labels = hard(self.labels)
         return self.subset(balanced_order(labels, len(self), "take")[:count])
 
+    def long_tailed(self, ratio: float, most: int | None = None) -> Split:
+        """A part of fixed samples in which class sizes fall exponentially; see :func:`~stillhouse.data.splits.long_tailed`.
+
+        Raises:
+            UserError: if the split has no class labels, or too few samples of a class.
+        """
+        if self.facts.num_classes is None:
+            raise UserError(f"long_tail: the split {self.name!r} has no class labels.")
+        return self.subset(long_tailed(hard(self.labels), self.facts.num_classes, ratio, most))
+
     def subset(self, indices: Int[Tensor, " part"]) -> Split:
         """A split of its own from the samples at the given positions; its ``index`` counts from 0."""
         source = self.source.select(indices)
@@ -276,8 +286,9 @@ class Data:
     scale: PixelScale | None = None
 
     def described(self) -> dict[str, Any]:
-        """What somebody needs to know who feeds a model of this data, as plain values: inputs, classes, pixels."""
+        """What somebody needs to know who feeds a model of this data, as plain values: sizes, inputs, classes, pixels."""
         told: dict[str, Any] = {"data": self.name, "task": self.facts.task}
+        told["splits"] = {name: len(split) for name, split in self.splits.items()}
         told["inputs"] = {name: list(shape) for name, shape in self.facts.inputs.items()}
         if self.facts.class_names:
             told["class_names"] = list(self.facts.class_names)
@@ -335,6 +346,20 @@ class Data:
         return self.scale
 
 
+class LongTail(Spec):
+    """A training split whose class sizes fall exponentially, from the first class to the last; a number is the ratio."""
+
+    ratio: float = Field(ge=1)
+    """How many times larger the first class is than the last."""
+    most: int | None = Field(None, ge=1)
+    """Samples of the first class; all that there are by default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return {"ratio": value} if isinstance(value, int | float) else value
+
+
 class DataSpec(Tagged):
     """What a recipe says about its data: text (``digits``, ``hf:owner/name``), a mapping, or Python objects."""
 
@@ -345,6 +370,14 @@ class DataSpec(Tagged):
 
     train_size: int | None = Field(None, ge=1)
     """Train on the first so many samples of a fixed class-balanced order; all by default."""
+    long_tail: LongTail | None = None
+    """Train on classes of unequal size: the ratio of the largest to the smallest, or {ratio, most}."""
+
+    @model_validator(mode="after")
+    def _one_cut(self) -> Self:
+        if self.train_size is not None and self.long_tail is not None:
+            raise ValueError("train_size and long_tail both choose the training samples; give long_tail.most instead")
+        return self
 
     @classmethod
     def parse(cls, value: Any) -> Self:
@@ -360,6 +393,10 @@ class DataSpec(Tagged):
         """
         raise NotImplementedError
 
+    def foreseen(self) -> Data | None:
+        """Blank data of the form that the set has, where that is known without reading it; None where it is not."""
+        return None
+
     @property
     def title(self) -> str:
         """The name that messages and reports give the set."""
@@ -368,6 +405,9 @@ class DataSpec(Tagged):
     def content_hash(self, *sums: object) -> str:
         """A data set's fingerprint: of the fields that shape it, and of the given sums of its content."""
         fields = {name: value for name, value in self.dump().items() if name not in self.outside}
+        if self.long_tail is None:
+            # Younger than sets that are known by a fingerprint.
+            del fields["long_tail"]
         text = json.dumps([self.version, RULE, fields, [str(item) for item in sums]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -402,14 +442,22 @@ class DataSpec(Tagged):
         )
         learned = () if tokenize is None else tokenize.sums
         splits = {name: Split(name, facts, source, scale=scale, aside=aside) for name, source in held.items()}
-        if self.train_size is not None:
-            if self.train_size > len(splits["train"]):
-                raise UserError(
-                    f"train_size {self.train_size} is more than the {len(splits['train'])} training samples of"
-                    f" {self.title!r}."
-                )
-            splits["train"] = splits["train"].take(self.train_size)
+        splits["train"] = self.cut(splits["train"])
         return Data(self.title, facts, splits, self.content_hash(*sums, *learned), scale)
+
+    def cut(self, train: Split) -> Split:
+        """The part of the training split that ``train_size`` or ``long_tail`` asks for.
+
+        Raises:
+            UserError: there are not so many samples.
+        """
+        if self.train_size is not None:
+            if self.train_size > len(train):
+                raise UserError(
+                    f"train_size {self.train_size} is more than the {len(train)} training samples of {self.title!r}."
+                )
+            return train.take(self.train_size)
+        return train if self.long_tail is None else train.long_tailed(self.long_tail.ratio, self.long_tail.most)
 
 
 class PixelSpec(DataSpec):
@@ -434,7 +482,7 @@ class PixelSpec(DataSpec):
 class ImageSpec(PixelSpec):
     """A data set of images that can be brought to a size."""
 
-    image_size: int | None = Field(None, ge=4)
+    image_size: int | None = Field(None, ge=4, le=4096)
     """Side of the square images: a small black frame (28 to 32), else a resize; as stored by default."""
 
     def sized(self, part: Mapping[str, Tensor], levels: float = 255) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 from stillhouse.data.dataset import Carving, Data, DataSpec, ImageSpec
 from stillhouse.data.images import as_bytes
 from stillhouse.data.sources import MEMORY_LIMIT, InMemory, Seeds, Source, settle, stack
-from stillhouse.data.tables import SPLIT_NAMES, as_classes, is_class
+from stillhouse.data.tables import SPLIT_NAMES, as_classes, is_class, many_numbers
 from stillhouse.data.text import TextFields, Tokenize
-from stillhouse.errors import UserError, nearest
+from stillhouse.errors import UnreachableError, UserError, nearest
 from stillhouse.facts import Task
 
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "intent")
@@ -32,6 +32,8 @@ class HubFields(TextFields, ImageSpec, Carving):
     """Column of labels; by default the only ClassLabel, or one named label, labels, fine_label, target, class or intent."""
     columns: tuple[str, ...] | None = None
     """Numeric columns to read as ``features``; by default, without images and text, all numeric ones but the label."""
+    task: Literal["auto", "classification", "regression"] = "auto"
+    """What labels of one number per sample are; "auto" takes text and whole numbers for classes."""
     channels: int | None = Field(None, ge=1, le=3)
     """1 reads images as grey, 3 as colour; by default as the first image is."""
     splits: dict[str, str] = Field(default_factory=dict)
@@ -105,6 +107,15 @@ class HubFields(TextFields, ImageSpec, Carving):
         every = [value for column in columns.values() for value in column]
         if any(value is None for value in every):
             raise UserError(f"The column {label!r} of {self.title!r} has missing values.")
+        if self.task == "auto" and (count := many_numbers(every)):
+            raise UserError(
+                f"The column {label!r} of {self.title!r} takes {count:,} different whole numbers in {len(every):,} rows; say "
+                "task: regression if it is a quantity, or task: classification."
+            )
+        if self.task == "regression":
+            if not all(isinstance(value, int | float) for value in every):
+                raise UserError(f"The column {label!r} of {self.title!r} holds text, which is no quantity.")
+            return {n: torch.tensor(c, dtype=torch.float32) for n, c in columns.items()}, "regression", []
         if all(isinstance(value, int) for value in every):
             count = max(every) + 1
             labels = {name: torch.tensor(column, dtype=torch.long) for name, column in columns.items()}
@@ -241,7 +252,7 @@ class HubData(HubFields):
                 )
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise UserError(f"The data set {self.title!r} could not be read: {first}.") from None
+            raise UnreachableError(f"The data set {self.title!r} could not be read: {first}.") from None
         return self.from_datasets(found if isinstance(found, dict) else {"train": found})
 
 

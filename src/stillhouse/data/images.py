@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from stillhouse.data.dataset import Carving, Data, ImageSpec
@@ -35,33 +36,51 @@ def as_bytes(image: Any, channels: int | None = None, size: int | None = None) -
     return pixels if size is None else at_size(pixels[None], size, 255)[0]
 
 
-class ImageFiles(Rows):
-    """Image files with labels."""
+UNREADABLE = "unreadable"
+"""Name under which a batch says which of its images could not be read."""
 
-    def __init__(self, paths: Sequence[Path], labels: Tensor, channels: int, size: int | None) -> None:
+
+class ImageFiles(Rows):
+    """Image files, with labels or without.
+
+    With ``tolerant`` a file that cannot be read is a black image of ``size``, and ``unreadable`` says so.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], labels: Tensor | None, channels: int, size: int | None, *, tolerant: bool = False
+    ) -> None:
         self.paths, self._labels, self.channels, self.size = list(paths), labels, channels, size
+        self.tolerant = tolerant
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @property
-    def labels(self) -> Tensor:
+    def labels(self) -> Tensor | None:
         return self._labels
 
     def row(self, position: int) -> dict[str, Tensor]:
         from PIL import Image, UnidentifiedImageError
 
         path = self.paths[position]
+        found: dict[str, Tensor] = {}
         try:
             with Image.open(path) as image:
-                pixels = as_bytes(image, self.channels, self.size)
-        except (UnidentifiedImageError, OSError):
-            raise UserError(f"{path} is not a readable image.") from None
-        return {"pixel_values": pixels, "labels": self._labels[position]}
+                found["pixel_values"] = as_bytes(image, self.channels, self.size)
+        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
+            if not self.tolerant or self.size is None:
+                raise UserError(f"{path} is not a readable image.") from None
+            found["pixel_values"] = torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8)
+            found[UNREADABLE] = torch.tensor(True)
+        if self.tolerant:
+            found.setdefault(UNREADABLE, torch.tensor(False))
+        if self._labels is not None:
+            found["labels"] = self._labels[position]
+        return found
 
 
 class FolderData(ImageSpec, Carving):
-    """Images in one sub-directory per class, all together or below train/, validation/ and test/.
+    """Images in one sub-directory per class, all together or below train/, validation/ and test/; or images without labels.
 
     Missing splits are set aside class by class by a fixed hash order.
     """
@@ -74,12 +93,25 @@ class FolderData(ImageSpec, Carving):
     """1 reads grey images, 3 colour."""
     in_memory: InMemory = "auto"
     """Read all images once; "auto" does for splits below 2 GiB."""
+    labels: Literal["auto"] | bool = "auto"
+    """Sub-directories are classes; no takes every image below the directory without a label, however it lies. "auto" is
+    no where the directory holds images and no sub-directories."""
+    skip_unreadable: bool = False
+    """Go on where a file cannot be read; whoever uses the data is told which, and may leave them out. Needs image_size."""
 
     @classmethod
     def from_text(cls, text: str) -> Self:
         if not text:
             raise ValueError("write the directory after the colon, as in folder:PATH")
         return cls(path=text)
+
+    @model_validator(mode="after")
+    def _sized_where_skipped(self) -> Self:
+        if self.skip_unreadable and self.image_size is None:
+            raise ValueError(
+                "skip_unreadable needs image_size: what stands for a file that cannot be read has that size"
+            )
+        return self
 
     @property
     def title(self) -> str:
@@ -101,25 +133,39 @@ class FolderData(ImageSpec, Carving):
         }
         roots = roots if "train" in roots else {"train": root}
         class_names = _directories(roots["train"])
-        if not class_names:
-            raise UserError(f"The directory {roots['train']} has no sub-directories; it needs one per class.")
+        labelled = self.labels
+        if labelled == "auto":
+            labelled = bool(class_names) or not _images(roots["train"])
+        if labelled and not class_names:
+            raise UserError(
+                f"The directory {roots['train']} has no sub-directories; it needs one per class, or images without labels."
+            )
         sources: dict[str, Source] = {}
         sums = []
         for split, place in roots.items():
-            paths, labels = self._listing(place, class_names)
+            paths, labels = self._listing(place, class_names) if labelled else (_images(place), None)
+            if not paths:
+                raise UserError(f"The directory {place} holds no images.")
             sums.append(_content(paths, place))
-            sources[split] = ImageFiles(paths, labels, self.channels, self.image_size)
+            size, tolerant = self.image_size, self.skip_unreadable
+            sources[split] = ImageFiles(paths, labels, self.channels, size, tolerant=tolerant)
         carved = self.carved(sources, sources["train"].labels)
         held = {name: settle(source, self.in_memory) for name, source in carved.items()}
-        return self.assemble(held, sums, class_names=class_names, scale=self.scale_of(held["train"]))
+        return self.assemble(
+            held,
+            sums,
+            task="classification" if labelled else "unlabelled",
+            class_names=class_names if labelled else (),
+            scale=self.scale_of(held["train"]),
+            aside=frozenset({UNREADABLE}) if self.skip_unreadable else frozenset(),
+        )
 
     def _listing(self, place: Path, class_names: Sequence[str]) -> tuple[list[Path], Tensor]:
         paths, labels = [], []
         for name in _directories(place):
             if name not in class_names:
                 raise UserError(f"The class {name!r} in {place} is not among the training classes.")
-            files = sorted(path for path in (place / name).rglob("*") if path.suffix.lower() in SUFFIXES)
-            files = [path for path in files if not path.name.startswith(".") and path.is_file()]
+            files = _images(place / name)
             if not files:
                 raise UserError(f"The directory {place / name} holds no images.")
             paths += files
@@ -129,6 +175,12 @@ class FolderData(ImageSpec, Carving):
 
 def _directories(place: Path) -> list[str]:
     return sorted(path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _images(place: Path) -> list[Path]:
+    """All image files below a directory, in order."""
+    files = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return [path for path in files if not path.name.startswith(".") and path.is_file()]
 
 
 def _content(paths: Sequence[Path], root: Path) -> str:

@@ -12,7 +12,7 @@ from stillhouse.data.files import Files, LocalFiles
 from stillhouse.data.sources import Memory
 from stillhouse.data.tables import as_classes
 from stillhouse.data.text import Tokens
-from stillhouse.errors import UserError
+from stillhouse.errors import UnreachableError, UserError
 
 Utterances = dict[str, list[tuple[str, str]]]
 
@@ -32,14 +32,14 @@ class CLINC150(Tokens, LocalFiles):
 
     tokenizer: str = "words"
     """Hub id or directory of a Hugging Face tokenizer, "words" or "bytes"; the longest request has 30 words."""
-    max_length: int = Field(32, ge=1)
+    max_length: int = Field(32, ge=1, le=2**20)
     """Tokens per sample; longer texts are cut, shorter ones padded."""
 
     def load(self) -> Data:
         files = Files(self)
         content = files.read("data_full.json")
         if content is None:
-            raise UserError(files.missing())
+            raise UnreachableError(files.missing())
         parts = _utterances(content)
         if parts is None:
             raise UserError(f"{files.find('data_full.json')} does not hold pairs of text and intent; get it again.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -18,10 +19,11 @@ from stillhouse.data.generators import GeneratorsAside
 from stillhouse.data.hub import HubFields, sum_of_rows
 from stillhouse.data.images import as_bytes
 from stillhouse.data.pixels import PixelScale, PixelSpace, at_size
-from stillhouse.data.sources import Memory, Rows, Source, in_chunks, settle
-from stillhouse.data.tables import SPLIT_NAMES
-from stillhouse.errors import UserError
+from stillhouse.data.sources import Memory, Relabelled, Rows, Source, in_chunks, settle
+from stillhouse.data.tables import SPLIT_NAMES, few_numbers
+from stillhouse.errors import UnreachableError, UserError
 from stillhouse.facts import Task
+from stillhouse.spec import IMPORT_PATH
 
 RENAMED = {"label": "labels", "image": "pixel_values", "images": "pixel_values", "x": "inputs", "y": "labels"}
 ACCEPTED = "a map-style Dataset, an (x, y) pair of tensors, a dict of tensors, a dict of these by split, or Data"
@@ -38,9 +40,9 @@ class ObjectFields(HubFields):
     def data_from(self, value: Any, content: str) -> Data:
         """Data from any accepted object; ``content`` is the hash of the object."""
         if isinstance(value, Data):
-            if self.train_size is None:
+            if self.train_size is None and self.long_tail is None:
                 return value
-            splits = {**value.splits, "train": value.split("train").take(self.train_size)}
+            splits = {**value.splits, "train": self.cut(value.split("train"))}
             return Data(value.name, value.facts, splits, self.content_hash(value.fingerprint), value.scale)
         if _is_hub(value):
             return self.from_datasets(value if isinstance(value, dict) else {"train": value})
@@ -50,6 +52,10 @@ class ObjectFields(HubFields):
         for name, source in held.items():
             if isinstance(source, DatasetRows):
                 source.known_labels = labels[name]
+        dtype = self._labels_as(labels["train"])
+        if dtype is not None:
+            held = {name: _relabelled(source, dtype) for name, source in held.items()}
+            labels = {name: None if part is None else part.to(dtype) for name, part in labels.items()}
         task, count = _task(labels, held["train"])
         class_names = [str(name) for name in getattr(value, "classes", ())] if task == "classification" else []
         stratify = hard(labels["train"]) if labels["train"] is not None and task == "classification" else None
@@ -65,6 +71,27 @@ class ObjectFields(HubFields):
             class_names=class_names,
             scale=self._scale(carved["train"]),
         )
+
+    def _labels_as(self, labels: Tensor | None) -> torch.dtype | None:
+        """The type that labels are brought to, where theirs does not say what they are; None where it does.
+
+        Raises:
+            UserError: they are floats that may be class numbers, and nobody says so.
+        """
+        if labels is None or labels.ndim != 1:
+            return None
+        whole = few_numbers(labels) if labels.is_floating_point() and self.task != "regression" else []
+        if self.task == "auto" and whole:
+            shown = ", ".join(map(str, whole[:3])) + (", ..." if len(whole) > 3 else "")
+            raise UserError(
+                f"The labels are floats that are whole numbers ({shown}): give classes as integers, as in labels.long(), or say "
+                "what they are with data={'kind': 'object', 'object': ..., 'task': 'regression'} (or 'classification')."
+            )
+        if self.task == "classification" and labels.is_floating_point():
+            if not bool((labels == labels.round()).all()):
+                raise UserError("task is classification, but the labels are numbers with fractions.")
+            return torch.long
+        return torch.float32 if self.task == "regression" and not labels.is_floating_point() else None
 
     def _scale(self, train: Source) -> PixelScale | None:
         sample = train.fetch(torch.zeros(1, dtype=torch.long)).get("pixel_values")
@@ -143,7 +170,7 @@ class ImportedData(ObjectFields):
 
     kind: ClassVar[str] = "import"
 
-    path: str
+    path: str = Field(pattern=IMPORT_PATH)
     """``package.module:name``."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the function."""
@@ -157,24 +184,32 @@ class ImportedData(ObjectFields):
         return self.path
 
     def load(self) -> Data:
-        module, colon, name = self.path.partition(":")
-        if not colon or not name:
-            raise UserError(f"An import path is written package.module:name, not {self.path!r}.")
+        module, _, name = self.path.partition(":")
         try:
             value = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            raise UserError(f"{self.path!r} could not be imported: {error}.") from None
+            raise UnreachableError(f"{self.path!r} could not be imported: {error}.") from None
         for part in name.split("."):
             if not hasattr(value, part):
                 raise UserError(f"The module {module!r} has no {name!r}.")
             value = getattr(value, part)
         if callable(value) and not isinstance(value, Dataset):
-            value = value(**self.arguments)
+            value = self._called(value)
         try:
             check(value)
         except ValueError as error:
             raise UserError(f"{self.path!r}: {error}.") from None
         return self.data_from(value, content_of(value))
+
+    def _called(self, function: Any) -> Any:
+        """What the function returns for the arguments, which are those that it takes."""
+        try:
+            inspect.signature(function).bind(**self.arguments)
+        except TypeError as error:
+            raise UserError(f"{self.path!r} cannot be called with the 'arguments' of the data: {error}.") from None
+        except ValueError:  # A builtin without a signature.
+            pass
+        return function(**self.arguments)
 
 
 def check(value: Any) -> None:
@@ -295,6 +330,12 @@ class DatasetRows(Rows):
                 generators.seed(seed)
                 seen.append([self.row(place) for place in places])
         return any(not torch.equal(one[name], other[name]) for one, other in zip(*seen, strict=True) for name in one)
+
+
+def _relabelled(source: Source, dtype: torch.dtype) -> Source:
+    if isinstance(source, Memory):
+        return Memory({**source.tensors, "labels": source.tensors["labels"].to(dtype)})
+    return Relabelled(source, dtype)
 
 
 def renamed(name: str) -> str:

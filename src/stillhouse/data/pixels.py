@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from stillhouse.memory import check_room
+
 PixelSpace = Literal["standard", "unit", "symmetric"]
 
 
@@ -131,6 +133,8 @@ def at_size(
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = images[..., top : top + side, left : left + side]
+    # In floats as long as they are put together.
+    check_room(5 * images.shape[0] * images.shape[1] * size**2, f"{len(images):,} images of {size} x {size} pixels")
     parts = [
         F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False)
         for part in torch.split(square, 4096)

@@ -20,13 +20,13 @@ class Ring(DataSpec):
 
     kind: ClassVar[str] = "ring"
 
-    modes: int = Field(8, ge=1)
+    modes: int = Field(8, ge=1, le=10**6)
     """Number of Gaussians."""
     radius: float = Field(1.0, gt=0)
     """Radius of the circle that their centres lie on."""
     std: float = Field(0.05, gt=0)
     """Standard deviation of each Gaussian along each axis."""
-    samples: int = Field(50_000, ge=20)
+    samples: int = Field(50_000, ge=20, le=10**8)
     """Number of points in all splits together."""
 
     def load(self) -> Data:

@@ -24,11 +24,13 @@ from jaxtyping import Float, Int, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from stillhouse.data.blank import Blank
 from stillhouse.data.dataset import Data, DataSpec, ImageSpec, PixelSpec
 from stillhouse.data.pixels import PixelSpace
 from stillhouse.data.sources import InMemory, Memory, Seeds, Source, settle
 from stillhouse.data.splits import carve
-from stillhouse.errors import UserError
+from stillhouse.errors import UnreachableError, UserError
+from stillhouse.offline import is_offline
 
 
 class FactorSpec(PixelSpec):
@@ -251,6 +253,17 @@ class DSprites(FactorSpec, ImageSpec):
         levels = 1 if part["pixel_values"] is images else 255
         return self.divided(Memory(part), kept, [content], levels)
 
+    def foreseen(self) -> Data | None:
+        kept = dict(zip(self.columns, (3, self.scales, self.orientations, self.positions, self.positions), strict=True))
+        sides = (self.image_size or 64,) * 2
+        form = {"pixel_values": ((1, *sides), torch.uint8), "sources": ((len(kept),), torch.long)}
+        whole = math.prod(kept.values())
+        held = round(self.held_out * whole)
+        counts = {"train": whole - 2 * held, "validation": held, "test": held}
+        sources = {name: Blank(count, form) for name, count in counts.items() if count}
+        scale = self.scale_of(sources["train"], 1 if self.image_size in (None, 64) else 255)
+        return self.assemble(sources, ["blank"], task="unlabelled", factors=kept, scale=scale)
+
     def _file(self) -> Path:
         if self.url is not None:
             return self._downloaded(self.url)
@@ -263,7 +276,7 @@ class DSprites(FactorSpec, ImageSpec):
         found = sorted(Path(root).expanduser().glob("dsprites/*.npz")) if root else []
         if not found:
             where = f"in {root}/dsprites" if root else "because STILLHOUSE_DATA is not set"
-            raise UserError(
+            raise UnreachableError(
                 f"The data set 'dsprites' was not found {where}: get the .npz file from"
                 " https://github.com/google-deepmind/dsprites-dataset, put it in a directory 'dsprites' and let"
                 " STILLHOUSE_DATA name the directory above, or give its path."
@@ -275,6 +288,10 @@ class DSprites(FactorSpec, ImageSpec):
         from platformdirs import user_cache_path
 
         target = user_cache_path("stillhouse") / "downloads" / f"{self.sha256}.npz"
+        if is_offline():
+            if target.is_file():
+                return target
+            raise UnreachableError(f"{url} was not downloaded before, and nothing is downloaded now.")
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not target.is_file():
@@ -284,7 +301,7 @@ class DSprites(FactorSpec, ImageSpec):
                         while block := answer.read(2**20):
                             file.write(block)
                 except (urllib.error.URLError, OSError) as error:
-                    raise UserError(f"{url} could not be downloaded: {error}.") from None
+                    raise UnreachableError(f"{url} could not be downloaded: {error}.") from None
                 if _file_sum(part) != self.sha256:
                     part.unlink()
                     raise UserError(f"The file at {url} does not have the given sha256; nothing was kept.")

@@ -82,6 +82,25 @@ class Selected(Source):
         return None if labels is None else labels[self.index]
 
 
+class Relabelled(Source):
+    """A source with its labels in another type: whole numbers for classes, floats for a quantity."""
+
+    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+        self.source, self.dtype = source, dtype
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fetch(self, index: Int[Tensor, " batch"], seeds: Seeds | None = None) -> dict[str, Tensor]:
+        batch = self.source.fetch(index, seeds)
+        return {**batch, "labels": batch["labels"].to(self.dtype)}
+
+    @property
+    def labels(self) -> Tensor | None:
+        labels = self.source.labels
+        return None if labels is None else labels.to(self.dtype)
+
+
 class Rows(Source):
     """A source that reads one sample at a time.
 

@@ -53,6 +53,45 @@ def balanced_order(labels: Int[Tensor, " samples"] | None, count: int, salt: str
     return torch.from_numpy(order[np.argsort(place, kind="stable")])
 
 
+def long_tailed(
+    labels: Int[Tensor, " samples"], num_classes: int, ratio: float, most: int | None = None
+) -> Int[Tensor, " part"]:
+    """Ascending positions of a part whose class c of C has ``floor(most * ratio ** (-c / (C - 1)))`` samples.
+
+    Which samples stay is fixed; a larger ``ratio`` takes a part of what a smaller one does.
+
+    Args:
+        labels: class of each sample.
+        num_classes: number of classes; class 0 is the largest and the last one the smallest.
+        ratio: how many times larger, at least 1.
+        most: samples of class 0; all of them by default.
+
+    Raises:
+        UserError: a class would be empty, or has fewer samples than that.
+
+    >>> counts = long_tailed(torch.arange(3).repeat(100), 3, ratio=100).remainder(3).bincount()
+    >>> counts.tolist()
+    [100, 10, 1]
+    """
+    if num_classes < 2:
+        raise UserError("A long tail needs at least 2 classes.")
+    there = torch.bincount(labels, minlength=num_classes).tolist()
+    head = there[0] if most is None else most
+    # A hair above, so that a power that is a whole number but for rounding is not cut down.
+    wanted = [int(head * ratio ** (-place / (num_classes - 1)) + 1e-9) for place in range(num_classes)]
+    for place, (count, size) in enumerate(zip(wanted, there, strict=True)):
+        if count < 1 or count > size:
+            why = "would have no sample" if count < 1 else f"has {size} samples and is to have {count}"
+            raise UserError(
+                f"long_tail: with {head} samples of class 0 and a ratio of {ratio:g}, class {place} {why}; choose another ratio "
+                "or 'most'."
+            )
+    order = torch.from_numpy(np.argsort(hashes(len(labels), "long tail"), kind="stable"))
+    shuffled = labels[order]
+    kept = [order[shuffled == place][:count] for place, count in enumerate(wanted)]
+    return torch.cat(kept).sort().values
+
+
 def carve(
     labels: Int[Tensor, " samples"] | None, count: int, fractions: Mapping[str, float], salt: str
 ) -> dict[str, Int[Tensor, " part"]]:

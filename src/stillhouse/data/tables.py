@@ -30,6 +30,9 @@ SPLIT_NAMES = {
 }
 """What sources call the splits."""
 
+CLASSES = 100
+"""More different numbers than that are no classes, unless most of them come again."""
+
 
 class TableSpec(TextFields, Carving):
     """A table in a file, or in a directory with one file per split (``train``, ``validation``, ``test``)."""
@@ -128,6 +131,11 @@ class TableSpec(TextFields, Carving):
             if missing is not None:
                 raise UserError(f"{files[split]}: row {missing + 1} has no {self.label_column!r}.")
         every = [value for values in columns.values() for value in values]
+        if self.task == "auto" and (count := many_numbers(every)):
+            raise UserError(
+                f"{files['train']}: the label {self.label_column!r} takes {count:,} different whole numbers in {len(every):,} "
+                "rows; say task: regression if it is a quantity, or task: classification."
+            )
         if self.task == "regression" or (self.task == "auto" and not all(map(is_class, every))):
             held = {n: numeric(values, self.label_column, files[n]) for n, values in columns.items()}
             return {name: torch.from_numpy(values).float() for name, values in held.items()}, "regression", []
@@ -145,6 +153,21 @@ def is_class(value: Any) -> bool:
     return isinstance(value, bool | np.bool_ | int | np.integer) or float(value).is_integer()
 
 
+def many_numbers(values: Sequence[Any]) -> int:
+    """How many different whole numbers there are, where there are too many for classes; 0 otherwise."""
+    different = set(values)
+    if len(different) <= CLASSES or 2 * len(different) <= len(values) or not all(map(_is_number, different)):
+        return 0
+    return len(different) if all(map(is_class, different)) else 0
+
+
+def few_numbers(labels: Tensor) -> list[int]:
+    """The different values of float labels that may well be class numbers: few, and whole; else nothing."""
+    different = torch.as_tensor(sorted(set(labels.tolist())))
+    few = len(different) <= CLASSES and 2 * len(different) <= len(labels)
+    return different.long().tolist() if few and bool((different == different.round()).all()) else []
+
+
 def as_classes(columns: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Tensor], list[str]]:
     """Class numbers per split and class names: in numeric order if all are numbers, else in that of the alphabet."""
     names = {split: [_class_name(value) for value in values] for split, values in columns.items()}
@@ -157,7 +180,9 @@ def as_classes(columns: Mapping[str, Sequence[Any]]) -> tuple[dict[str, Tensor],
 
 def _class_name(value: Any) -> str:
     if isinstance(value, str):
-        return value.strip()
+        # A column with a missing value is often written in floats; 2.0 comes before 10.0, and is what 2 is.
+        text = value.strip()
+        return str(int(float(text))) if text.endswith(".0") and text[:-2].lstrip("-").isdecimal() else text
     return str(value) if isinstance(value, bool | np.bool_) else str(int(value))
 
 

@@ -43,7 +43,7 @@ class Tokens(Spec):
     tokenizer: str | None = None
     """Hub id or directory of a Hugging Face tokenizer; "words" (lower-cased words and punctuation marks of the training
     split, most frequent first; 0 is padding, 1 any other word); or "bytes" (UTF-8 bytes plus one, 0 is padding)."""
-    max_length: int = Field(128, ge=1)
+    max_length: int = Field(128, ge=1, le=2**20)
     """Tokens per sample; longer texts are cut, shorter ones padded."""
     vocabulary_size: int = Field(30_000, ge=3)
     """Most ids of the tokenizer "words", padding and the unknown word among them."""

@@ -2,8 +2,10 @@
 
 from stillhouse.engine.distributed import World
 from stillhouse.engine.fit import Interrupted, measuring
+from stillhouse.engine.health import Line
 from stillhouse.engine.method import Method, Paper, Stages
 from stillhouse.engine.optim import Optimizer, Ramp, Weight, adam, adamw, sgd
+from stillhouse.engine.projection import Projection
 from stillhouse.engine.result import Artefact, Result, Saveable, Table
 from stillhouse.engine.run import Listener, Run, Settings, Signals, Silent
 from stillhouse.engine.rundir import RunDirectory
@@ -35,6 +37,7 @@ __all__ = [
     "Held",
     "Interrupted",
     "Later",
+    "Line",
     "Listener",
     "Loss",
     "Losses",
@@ -42,6 +45,7 @@ __all__ = [
     "Modules",
     "Optimizer",
     "Paper",
+    "Projection",
     "Ramp",
     "Record",
     "Result",

@@ -13,9 +13,13 @@ from torch import Tensor, nn
 
 from stillhouse.data import Batch
 from stillhouse.engine.checkpoint import Checkpoints
+from stillhouse.engine.health import Streaks, judge_lines, judge_terms
 from stillhouse.engine.optim import Ramp, weight_at
+from stillhouse.engine.projection import Projection, project
 from stillhouse.engine.records import Recorder
+from stillhouse.engine.result import save_png
 from stillhouse.engine.seeding import derive, forked_generators
+from stillhouse.engine.shares import GradientShares
 from stillhouse.engine.stage import Evaluation, Held, Losses, Modules, Skip, Stage, Trained, Update, resolve
 from stillhouse.errors import NonFiniteError, RunError, UserError, nearest
 from stillhouse.models import fingerprint
@@ -55,11 +59,11 @@ class Fit:
         self.parts: list[tuple[str, Any]] = [
             (n, self.modules[n]) for n in self.state_names if hasattr(self.modules[n], "after_step")
         ]
+        self.per_epoch = max(1, stage.batches.per_epoch(run.world.size) // stage.accumulate) if stage.batches else 1
         self.turns = [Turn(update, stage, self) for update in stage.updates]
         trained = {id(p) for turn in self.turns for p in turn.parameters}
         self.unmoved = [p for n in self.state_names for p in self.modules[n].parameters() if id(p) not in trained]
         self.streams = Streams(stage, run)
-        self.per_epoch = max(1, stage.batches.per_epoch(run.world.size) // stage.accumulate) if stage.batches else 1
         self.averages = {n: Average(self.modules[n], decay) for n, decay in stage.ema.items()}
         self.recorder = Recorder(stage, run.directory.path / "records" / stage.name, run.world)
         # By owner and name: a module may put another tensor under a buffer's name.
@@ -73,6 +77,7 @@ class Fit:
         self.prints: dict[str, str] = {}
         self.best: dict[str, Any] | None = None
         self.metrics: dict[str, float] = {}
+        self.streaks = Streaks()
         self.step = 0
         self.stopped_early = False
         precision = run.settings.precision
@@ -111,7 +116,7 @@ class Fit:
         run.listener.stage(stage.name, stage.steps, self.step)
         log_every, every_steps = settings.log_every, settings.checkpoint_every
         saved_at = time.monotonic()
-        evaluate_every = stage.evaluate.every if stage.evaluate else 0
+        evaluate_every, show_every = stage.evaluate.every if stage.evaluate else 0, stage.shown_every
         if self.step == 0:
             self.recorder.take(0, self.modules)
         while self.step < stage.steps and not self.stopped_early:
@@ -125,6 +130,8 @@ class Fit:
             if stage.evaluate and (last or step % evaluate_every == 0):
                 self._evaluate(stage.evaluate, step)
                 last |= self.stopped_early
+            if stage.show and (last or step % show_every == 0):
+                self._show(step)
             stop, late = run.signals.stop, time.monotonic() - saved_at > 60 * settings.checkpoint_minutes
             if run.world.size > 1:
                 # Processes must agree, and agreeing costs a message: asked only where they meet anyway.
@@ -233,19 +240,58 @@ class Fit:
     def _log(self, step: int) -> None:
         self._check_late()
         row: dict[str, float | int | str] = {"stage": self.stage.name, "step": step}
+        said: list[str] = []
         for turn in self.turns:
-            row.update(turn.flush())
+            terms, shares = turn.flush()
+            row.update(terms)
+            said += judge_terms(turn.update.name, shares, self.streaks)
         self.run.log(row)
+        self._warn(said, step)
+
+    def _warn(self, sentences: Iterable[str], step: int) -> None:
+        """Tell whoever listens, and the log, from which the report takes it."""
+        for sentence in sentences:
+            self.run.directory.log({"stage": self.stage.name, "step": step, "warning": sentence})
+            self.run.listener.say(f"stage {self.stage.name}, step {step:,}: {sentence}")
+
+    @contextmanager
+    def _looking(self, *place: int | str) -> Iterator[None]:
+        """Modules as they would be kept, in eval mode; nothing within leaves a trace in the training."""
+        averaged = self._averaged() if self.stage.keep == "ema" else nullcontext()
+        seed = derive(self.run.seed, self.stage.name, *place)
+        with measuring(*self.modules.values()), forked_generators(seed, self.device), averaged:
+            yield
+
+    def _measure(self, evaluation: Evaluation, step: int) -> dict[str, float]:
+        with self._looking(step, "evaluate"):
+            measured = {k: float(v) for k, v in evaluation.measure(self.modules).items()}
+        return self.run.world.from_main(measured)
+
+    def _show(self, step: int) -> None:
+        """Draw what there is to see; the same draws at each step, so that pictures differ by the training alone."""
+        pictures = self._pictures()
+        if self.run.world.is_main:
+            place = self.run.directory.path / "samples" / self.stage.name
+            place.mkdir(parents=True, exist_ok=True)
+            for name, picture in pictures.items():
+                save_png(picture, place / f"{step:09d}-{name}.png")
+
+    def _pictures(self) -> Mapping[str, Tensor]:
+        assert self.stage.show is not None
+        self._check_late()
+        with self._looking("show"):
+            return self.stage.show(self.modules, self.run)
 
     def _evaluate(self, evaluation: Evaluation, step: int) -> None:
         self._check_late()
-        seed = derive(self.run.seed, self.stage.name, step, "evaluate")
-        averaged = self._averaged() if self.stage.keep == "ema" else nullcontext()
-        with measuring(*self.modules.values()), forked_generators(seed, self.device), averaged:
-            measured = {k: float(v) for k, v in evaluation.measure(self.modules).items()}
-        measured = self.run.world.from_main(measured)
+        measured = self._measure(evaluation, step)
         self.metrics = measured
-        self.run.log({"stage": self.stage.name, "step": step, **measured})
+        held_against = {
+            f"{evaluation.monitor}/line/{name}": at
+            for name, line in evaluation.lines.items()
+            if (at := line.at(step)) is not None
+        }
+        self.run.log({"stage": self.stage.name, "step": step, **measured, **held_against})
         if evaluation.monitor not in measured:
             raise UserError(
                 f"stage {self.stage.name!r}: the evaluation gives {sorted(measured)}, not the monitored {evaluation.monitor!r}."
@@ -260,6 +306,9 @@ class Fit:
             self.best["stale"] += 1
             if evaluation.patience is not None and self.best["stale"] >= evaluation.patience:
                 self.stopped_early = True
+        lines = judge_lines(evaluation.lines, evaluation.monitor, value, step, evaluation.mode, self.streaks)
+        self._warn(lines, step)
+        self.run.listener.measured(self.stage.name, step, evaluation.monitor, value, evaluation.mode)
 
     def _module_state(self, *, clone: bool = False) -> dict[str, dict[str, Tensor]]:
         state = {n: dict(self.modules[n].state_dict()) for n in self.state_names}
@@ -280,6 +329,7 @@ class Fit:
             "averages": {name: average.shadow for name, average in self.averages.items()},
             "best": self.best,
             "metrics": self.metrics,
+            "streaks": self.streaks.state(),
             "stopped_early": self.stopped_early,
             "offset": self.run.directory.offset(),
             "frozen": self.prints,
@@ -300,6 +350,8 @@ class Fit:
         for name, average in self.averages.items():
             average.load(state["averages"][name])
         self.best, self.metrics = state["best"], state["metrics"]
+        if "streaks" in state:
+            self.streaks.load(state["streaks"])
         self.stopped_early = state["stopped_early"]
 
     def _save(self) -> None:
@@ -380,6 +432,9 @@ class Turn:
         self.firings = 0
         every = update.every if isinstance(update.every, int) else 1
         self.total = -(-stage.steps // every) * update.times
+        self.per_epoch = max(1, fit.per_epoch * update.times // every)
+        for _, spec, *_ in self.groups:
+            spec.covers(self.total, self.per_epoch)
         self.weights: dict[str, float | Ramp] = dict(update.weights or {})
         fp16 = fit.run.settings.precision == "fp16"
         self.scaler = torch.amp.GradScaler(fit.device.type) if fp16 else None
@@ -389,6 +444,10 @@ class Turn:
         self.evaluating = [fit.modules[name] for name in update.eval]
         self.seen: list[tuple[str, Tensor, float]] = []
         self.dropped = False
+        self.shares = GradientShares(self.parameters, stage.steps) if fit.run.settings.gradient_shares else None
+        # Terms with their graphs, kept only until their sample is taken.
+        self.terms: list[tuple[str, Tensor]] = []
+        self.sampling = False
         self.found, self.one = torch.zeros((), device=fit.device), torch.ones((), device=fit.device)
         self.sums: dict[str, Tensor] = {}
         self.scales: dict[str, float] = {}
@@ -431,7 +490,9 @@ class Turn:
         """Gradients of the loss, and its value; None when nothing shall move."""
         run, fit = self.fit.run, self.fit
         total: Tensor | None = None
+        due = self.shares is not None and self.shares.due(step)
         for micro, batch in enumerate(batches):
+            self.sampling, self.terms = due and micro == 0, []
             run.place("loss", self.update.name, micro, time_)
             with fit.autocast():
                 losses = self.update.loss(fit.modules, batch, run)
@@ -441,17 +502,38 @@ class Turn:
             for loss in (whole,) if isinstance(losses, Mapping) else self._pieces(losses):
                 if loss is None:
                     continue
+                terms = self.terms
+                if self.sampling and (len(self.terms) > 1 or not isinstance(losses, Mapping)):
+                    self._sample(whole=isinstance(losses, Mapping))
                 if len(batches) > 1:
                     loss = loss / len(batches)
                 total = loss.detach() if total is None else total + loss.detach()
                 if self.immediate and run.world.size == 1 and not math.isfinite(total.item()):
                     self._blame(step)
-                if loss.requires_grad:
+                if loss.requires_grad and self.update.projection is not None:
+                    self._project(self.update.projection, terms)
+                elif loss.requires_grad:
                     scaled = loss if self.scaler is None else self.scaler.scale(loss)
                     torch.autograd.backward(scaled, inputs=self.parameters)
+        self.sampling, self.terms = False, []
+        if due and self.shares is not None:
+            self.shares.taken(step)
         if total is None and not any(isinstance(weight, Ramp) for weight in self.weights.values()):
             raise UserError(f"{self.where}: every term has weight 0, so nothing is trained.")
         return total
+
+    def _sample(self, *, whole: bool) -> None:
+        assert self.shares is not None
+        terms, self.terms = self.terms, []
+        scale = (lambda loss: loss) if self.scaler is None else self.scaler.scale
+        self.shares.measure(terms, self.fit.run, self.fit.owners, scale, whole=whole)
+
+    def _project(self, projection: Projection, terms: Sequence[tuple[str, Tensor]]) -> None:
+        scale = (lambda loss: loss) if self.scaler is None else self.scaler.scale
+        patterns = projection.scope or tuple(self.update.trains)
+        scope = {id(p) for pattern in patterns for _, p in resolve(pattern, self.stage.modules)}
+        weighted = {name: scale(value) for name, value in terms}
+        project(projection, scope, weighted, self.parameters, self.fit.run.world.average_gradients)
 
     def _pieces(self, losses: Iterator[Losses]) -> Iterator[Tensor | None]:
         """The weighted losses of a generator, one after the other, computed under the run's precision."""
@@ -470,12 +552,13 @@ class Turn:
     def _weigh(self, losses: Losses) -> Tensor | None:
         """The weighted sum of the terms whose weight is not 0."""
         total: Tensor | None = None
+        run = self.fit.run
         for name, term in losses.items():
             known = self.weights.get(name)
             if known is None:
                 fields = None if self.update.weights is not None else self.fit.run.method
                 known = self.weights[name] = getattr(fields, f"weight_{name}", 1.0)
-            weight = known if isinstance(known, float) else weight_at(known, self.fit.run.progress)
+            weight = known if isinstance(known, float) else weight_at(known, run.step, run.steps, run.per_epoch)
             if weight == 0:
                 self.dropped = True
                 continue
@@ -487,6 +570,8 @@ class Turn:
                 )
             weighted = value if weight == 1 else value * weight
             total = weighted if total is None else total + weighted
+            if self.sampling or self.update.projection is not None:
+                self.terms.append((name, weighted))
             self.seen.append((name, value.detach().float(), weight))
         return total
 
@@ -517,7 +602,7 @@ class Turn:
         moving = []
         for _, spec, parameters, optimizer in self.groups:
             if not spec.constant:
-                lr = spec.lr_at(self.firings, self.total)
+                lr = spec.lr_at(self.firings, self.total, self.per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
             gradients = [p.grad for p in parameters if p.grad is not None]
@@ -572,8 +657,8 @@ class Turn:
             )
         self.reached = True
 
-    def flush(self) -> dict[str, float]:
-        """Means of the terms since the last log, their weighted scales, the learning rates."""
+    def flush(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Means of the terms since the last log, their weighted scales and shares, the learning rates; and the shares."""
         row: dict[str, float] = {}
         name = self.update.name
         if self.sums:
@@ -582,11 +667,13 @@ class Turn:
                 row[f"{name}/{term}"] = mean = total / self.counts[term]
                 if self.scales[term] != 1:
                     row[f"{name}/{term}/scale"] = mean * self.scales[term]
+        shares = self.shares.flush(self.fit.run.world.average) if self.shares is not None else {}
+        row |= {f"{name}/{term}/gradient_share": share for term, share in shares.items()}
         for pattern, spec, _, optimizer in self.groups:
             if not spec.constant:
                 row[f"{name}/lr/{pattern}"] = optimizer.param_groups[0]["lr"]
         self.sums, self.scales, self.counts = {}, {}, {}
-        return row
+        return row, shares
 
     def state(self) -> dict[str, Any]:
         """Everything of this update that a resumed run needs; the sums of a term are those of all processes, by rank."""
@@ -600,6 +687,7 @@ class Turn:
             "scales": self.scales,
             "counts": self.counts,
             "reached": self.reached,
+            "shares": self.shares.state(world.gather) if self.shares is not None else None,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -607,9 +695,14 @@ class Turn:
         self.firings, self.reached = state["firings"], state["reached"]
         self.scales, self.counts = state["scales"], state["counts"]
         rank, size = self.fit.run.world.rank, self.fit.run.world.size
-        for name, sums in state["sums"].items():
+
+        def own(sums: Tensor) -> Tensor:
             # Where other processes took over, each has the mean, which is what the log averages to.
-            self.sums[name] = (sums[rank] if len(sums) == size else sums.mean()).to(self.fit.device)
+            return (sums[rank] if len(sums) == size else sums.mean()).to(self.fit.device)
+
+        self.sums = {name: own(sums) for name, sums in state["sums"].items()}
+        if self.shares is not None and state.get("shares") is not None:
+            self.shares.load(state["shares"], own)
         for name, *_, optimizer in self.groups:
             optimizer.load_state_dict(state["optimizers"][name])
         if self.scaler is not None:

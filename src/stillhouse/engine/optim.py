@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from stillhouse.errors import UserError
 from stillhouse.spec import Spec
 
 
@@ -23,7 +24,7 @@ class Optimizer(Spec):
     nesterov: bool = Field(False, description="Nesterov momentum of sgd")
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of adam and adamw")
     eps: float = Field(1e-8, gt=0, description="denominator guard of adam and adamw")
-    schedule: Literal["constant", "cosine", "linear", "step"] = Field(
+    schedule: Literal["constant", "cosine", "linear", "step", "table"] = Field(
         "constant", description="shape of the learning rate after warm-up; cosine and linear end at 0"
     )
     warmup: int = Field(0, ge=0, description="firings over which the learning rate rises linearly from 0")
@@ -31,8 +32,41 @@ class Optimizer(Spec):
         (0.5,), description="fractions of training at which 'step' multiplies by gamma"
     )
     gamma: float = Field(0.1, gt=0, le=1, description="factor of the 'step' schedule")
+    table: tuple[tuple[int, int, float], ...] = Field(
+        (), description="of the 'table' schedule: (first epoch, last epoch, learning rate) rows, from 0 without gaps"
+    )
     clip_norm: float | None = Field(None, gt=0, description="largest norm of the group's gradient")
     clip_value: float | None = Field(None, gt=0, description="largest absolute value of each gradient element")
+
+    @model_validator(mode="after")
+    def _table_is_whole(self) -> Self:
+        if (self.schedule == "table") != bool(self.table):
+            raise ValueError("the schedule 'table' and the field 'table' belong together; give both or neither")
+        expected = 0
+        for first, last, lr in self.table:
+            if first != expected:
+                raise ValueError(
+                    f"table: the row ({first}, {last}, {lr:g}) starts at epoch {first} where epoch {expected} is next; rows "
+                    "start at 0 and touch"
+                )
+            if last < first or lr <= 0:
+                raise ValueError(
+                    f"table: the row ({first}, {last}, {lr:g}) ends before it starts, or its rate is not above 0"
+                )
+            expected = last + 1
+        return self
+
+    def covers(self, total: int, per_epoch: int) -> None:
+        """Check that a table reaches to the last of ``total`` firings, of which ``per_epoch`` make a pass over the data.
+
+        Raises:
+            UserError: it ends before.
+        """
+        last = (total - 1) // per_epoch
+        if self.table and self.table[-1][1] < last:
+            raise UserError(
+                f"optimizer.table: it ends with epoch {self.table[-1][1]}, and the training has epochs 0 to {last}; add a row."
+            )
 
     def build(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """The torch optimiser over ``parameters``, fused where the parameters' device has fused kernels."""
@@ -43,16 +77,24 @@ class Optimizer(Spec):
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
         return kind(parameters, betas=self.betas, eps=self.eps, **shared)
 
+    def scaled(self, factor: float) -> Optimizer:
+        """The same with every learning rate times ``factor``."""
+        table = tuple((first, last, lr * factor) for first, last, lr in self.table)
+        return self.model_copy(update={"lr": self.lr * factor, "table": table})
+
     @property
     def constant(self) -> bool:
         """True when the learning rate never changes."""
         return self.schedule == "constant" and self.warmup == 0
 
-    def lr_at(self, firing: int, total: int) -> float:
-        """Learning rate of firing number ``firing`` of ``total``.
+    def lr_at(self, firing: int, total: int, per_epoch: int = 1) -> float:
+        """Learning rate of firing number ``firing`` of ``total``, of which ``per_epoch`` make a pass over the data.
 
         >>> [round(Optimizer(lr=1.0, schedule="linear").lr_at(i, 4), 2) for i in range(4)]
         [1.0, 0.75, 0.5, 0.25]
+        >>> stepped = Optimizer(schedule="table", table=((0, 1, 0.01), (2, 2, 0.001)))
+        >>> [stepped.lr_at(i, 6, per_epoch=2) for i in range(6)]
+        [0.01, 0.01, 0.01, 0.01, 0.001, 0.001]
         """
         if firing < self.warmup:
             return self.lr * (firing + 1) / self.warmup
@@ -64,6 +106,9 @@ class Optimizer(Spec):
                 return self.lr * max(0.0, 1 - progress)
             case "step":
                 return self.lr * self.gamma ** sum(progress >= milestone for milestone in self.milestones)
+            case "table":
+                epoch = min(firing // per_epoch, self.table[-1][1])
+                return next(lr for first, last, lr in self.table if first <= epoch <= last)
             case _:
                 return self.lr
 

@@ -71,6 +71,23 @@ class Result:
         known = [*self.__dict__.get("artefacts", {}), *self.__dict__.get("functions", {})]
         raise AttributeError(f"this result has no {name!r}; {nearest(name, known)}")
 
+    def curve(self, metric: str, stage: str | None = None) -> list[tuple[int, float]]:
+        """A measurement over the steps of the run, as it was logged: (step, value) pairs in order.
+
+        Nothing where it was not measured, or where the run was temporary. The result of a run within a run
+        (:class:`~stillhouse.engine.SubRun`) has the same curve whether it was just trained or found.
+
+        Args:
+            metric: its name, such as ``validation/accuracy``.
+            stage: the stage that measured it; the first that did by default.
+        """
+        log = self.directory / "metrics.jsonl" if self.directory is not None else None
+        if log is None or not log.exists():
+            return []
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        rows = [row for row in rows if isinstance(row.get(metric), int | float) and stage in (None, row["stage"])]
+        return [(row["step"], float(row[metric])) for row in rows if row["stage"] == rows[0]["stage"]]
+
     def save(self, directory: Path) -> None:
         """Write metrics, artefacts, tables and pictures below ``directory``."""
         result = directory / "result"

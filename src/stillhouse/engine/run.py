@@ -23,6 +23,7 @@ from stillhouse.engine.cache import cache_directory
 from stillhouse.engine.checkpoint import LAYOUT, Checkpoints
 from stillhouse.engine.distributed import World
 from stillhouse.engine.fit import Fit
+from stillhouse.engine.memory import PeakMemory
 from stillhouse.engine.method import Method
 from stillhouse.engine.result import Result
 from stillhouse.engine.rundir import RunDirectory
@@ -40,6 +41,7 @@ class Settings(Spec):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")
     precision: Literal["float32", "bf16", "fp16"] = Field("float32", description="autocast precision around losses")
     log_every: int = Field(50, ge=1, description="steps between rows of metrics.jsonl")
+    gradient_shares: bool = Field(True, description="sample each loss term's share of the gradient, to tell dead terms")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints, besides those by time")
     checkpoint_minutes: float = Field(2.0, gt=0, description="minutes between checkpoints")
     threads: int | None = Field(
@@ -62,6 +64,12 @@ class Listener(Protocol):
     def row(self, row: Mapping[str, Any]) -> None:
         """Numbers were logged."""
 
+    def measured(self, stage: str, step: int, metric: str, value: float, mode: Literal["max", "min"]) -> None:
+        """A stage was evaluated: its monitored number, and whether it should be large or small. Told after its row.
+
+        May stop the run from outside, through :class:`Signals` or by raising.
+        """
+
     def say(self, sentence: str) -> None:
         """Something worth telling."""
 
@@ -76,6 +84,9 @@ class Silent:
         """Ignore."""
 
     def row(self, row: Mapping[str, Any]) -> None:
+        """Ignore."""
+
+    def measured(self, stage: str, step: int, metric: str, value: float, mode: Literal["max", "min"]) -> None:
         """Ignore."""
 
     def say(self, sentence: str) -> None:
@@ -119,6 +130,7 @@ class Run:
         data: Data | None = None,
         listener: Listener | None = None,
         signals: Signals | None = None,
+        memory: PeakMemory | None = None,
     ) -> None:
         self.method, self.directory, self.seed = method, directory, seed
         self.settings = settings or Settings()
@@ -126,6 +138,7 @@ class Run:
         self.cache = cache
         self.listener: Listener = listener or Silent()
         self.signals = signals or Signals()
+        self.memory = memory or PeakMemory(self.world.device)
         self.stage, self.step, self.steps, self.per_epoch, self.offset = "", 0, 1, 1, 0
         self._place: tuple[Any, ...] = ()
         self._draws = 0
@@ -232,6 +245,7 @@ class Run:
         self._yields = self._recorded()
         ambient = Ambient()
         cost: dict[str, float] = self.directory.read("cost.json") or {}
+        peaks: dict[str, int] = self.directory.read("memory.json") or {}
         if self.world.is_main:
             self._trackers = Trackers.start(self.settings.trackers, self.directory.path, self.method.dump())
         generator = self.method.stages(self)
@@ -248,9 +262,11 @@ class Run:
                     break
                 ambient.check()
                 started = time.monotonic()
+                self.memory.enter()
                 reply = self._handle(item, index, names)
                 label = "+".join(name for name, at in names.items() if at == index)
                 cost[label] = cost.get(label, 0.0) + time.monotonic() - started
+                peaks[label] = max(peaks.get(label, 0), self.memory.leave())
                 index += 1
         finally:
             generator.close()
@@ -259,6 +275,7 @@ class Run:
             # Timings are worth less than what stopped the run: a full disk is said where something is lost.
             with contextlib.suppress(RunError):
                 self.directory.write("cost.json", cost)
+                self.directory.write("memory.json", peaks)
         if not isinstance(result, Result):
             raise UserError(f"{type(self.method).__name__}.stages returns {result!r}; it must return a Result.")
         result.directory = self.directory.path
@@ -367,10 +384,7 @@ class Run:
         return self._fit.train(end)
 
     def _compute(self, item: Compute) -> Any:
-        if item.key is not None and self.cache:
-            home = cache_directory() / "computes" / hashlib.sha256(f"{LAYOUT} {item.key}".encode()).hexdigest()[:24]
-        else:
-            home = self.directory.path / "checkpoints" / item.name
+        home = self._home_of_computation(item)
         # A key may name what differs between processes, such as data that each of them loaded.
         home = self.world.from_main(home)
         home.mkdir(parents=True, exist_ok=True)
@@ -388,6 +402,11 @@ class Run:
         # Also the run that computed it reads it back, so that a resumed run cannot see another value.
         return read_tree(home / "value", base=home)["value"]
 
+    def _home_of_computation(self, item: Compute) -> Path:
+        if item.key is not None and self.cache:
+            return cache_directory() / "computes" / hashlib.sha256(f"{LAYOUT} {item.key}".encode()).hexdigest()[:24]
+        return self.directory.path / "checkpoints" / item.name
+
     def _stored(self, home: Path) -> bool:
         if not (home / "value").exists():
             return False
@@ -400,10 +419,7 @@ class Run:
 
     def _sub_run(self, item: SubRun) -> Result:
         data = item.data if item.data is not None else item.method.data.load()
-        home = self.directory.path / "subruns" / item.name
-        if self.cache and self.world.is_main:
-            home = cache_directory() / "runs" / f"{item.method.name}-{self._key(item, data)}"
-        home = self.world.from_main(home)
+        home = self.world.from_main(self._home_of_run(item, data) if self.world.is_main else Path())
         directory = RunDirectory(home, writes=self.world.is_main)
         directory.lock(wait=True)
         # The others look into the directory as well: not before it is this run's turn.
@@ -419,10 +435,16 @@ class Run:
                 data=data,
                 listener=self.listener,
                 signals=self.signals,
+                memory=self.memory,
             )
             return nested.execute()
         finally:
             directory.release()
+
+    def _home_of_run(self, item: SubRun, data: Data) -> Path:
+        if self.cache:
+            return cache_directory() / "runs" / f"{item.method.name}-{self._key(item, data)}"
+        return self.directory.path / "subruns" / item.name
 
     def _key(self, item: SubRun, data: Data) -> str:
         parts = {

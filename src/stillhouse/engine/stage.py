@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
+from stillhouse.engine.health import Line
 from stillhouse.engine.optim import Optimizer, Ramp
+from stillhouse.engine.projection import Projection
 from stillhouse.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ class Update:
         batches: a stream of its own in place of the stage's batches.
         couples: the loss couples the samples of a batch (so gradients cannot be accumulated over micro-batches).
         sparse: its loss need not reach every parameter it trains.
+        projection: terms whose gradient may not oppose that of others; None adds all of them up.
     """
 
     loss: Loss
@@ -99,6 +102,7 @@ class Update:
     batches: Batches | None = None
     couples: bool = False
     sparse: bool = False
+    projection: Projection | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -119,6 +123,8 @@ class Evaluation:
         monitor: the number that ``keep="best"`` and ``patience`` watch.
         mode: whether the monitored number should be large or small.
         patience: measurements without improvement after which the stage ends early; None never ends early.
+        lines: references for the monitored number by name, such as the teacher's; the stage says once in words when it
+            lies on the wrong side of one.
     """
 
     measure: Callable[[Modules], Mapping[str, float]]
@@ -126,6 +132,7 @@ class Evaluation:
     monitor: str
     mode: Literal["max", "min"] = "max"
     patience: int | None = None
+    lines: Mapping[str, Line] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -166,6 +173,12 @@ class Stage:
         ema: decay of the exponential moving average per module name.
         records: what to keep along the way.
         accumulate: micro-batches per step.
+        show: gives pictures of how far the training is, by name: (channels, height, width) in [0, 1]. Runs like an
+            evaluation, in eval mode and without a trace; torch's global generator is seeded alike at each step, so that
+            noise drawn from it stays the same. Saved as ``samples/<stage>/<step>-<name>.png`` in the run directory, the
+            step in nine digits, where the report finds them.
+        show_every: steps between pictures; the last step is always shown. As often as it is measured when not given, or
+            ten times in all.
     """
 
     name: str
@@ -179,6 +192,8 @@ class Stage:
     ema: Mapping[str, float] = field(default_factory=dict)
     records: Mapping[str, Record] = field(default_factory=dict)
     accumulate: int = 1
+    show: Callable[[Modules, Run], Mapping[str, Tensor]] | None = None
+    show_every: int | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -190,6 +205,8 @@ class Stage:
             raise UserError(f"{where}: steps is {self.steps}, but a stage takes at least 1 step.")
         if self.accumulate < 1:
             raise UserError(f"{where}: accumulate is {self.accumulate}, but a step takes at least 1 micro-batch.")
+        if self.show_every is not None and self.show_every < 1:
+            raise UserError(f"{where}: show_every is {self.show_every}, but it shows at most every 1 step.")
         if self.keep == "best" and self.evaluate is None:
             raise UserError(f"{where}: keep='best' needs an evaluation to say which weights are best.")
         if self.keep == "ema" and not self.ema:
@@ -199,12 +216,25 @@ class Stage:
                 raise UserError(
                     f"{where}: ema names {name!r}, which is no trained module; {nearest(name, self.modules)}."
                 )
+        projected = next((update.name for update in self.updates if update.projection is not None), None)
+        if self.accumulate > 1 and projected is not None:
+            raise UserError(
+                f"{where}: accumulate is {self.accumulate}, but {projected!r} projects the gradients of its terms, which are "
+                "those of whole steps; use 1, or more processes."
+            )
         if self.accumulate > 1 and any(update.couples for update in self.updates):
             coupled = next(update.name for update in self.updates if update.couples)
             raise UserError(
                 f"{where}: accumulate is {self.accumulate}, but the loss {coupled!r} couples the samples of a batch, "
                 "so micro-batches would change it; use 1, or more processes."
             )
+
+    @property
+    def shown_every(self) -> int:
+        """Steps between pictures."""
+        if self.show_every is not None:
+            return self.show_every
+        return self.evaluate.every if self.evaluate else max(1, self.steps // 10)
 
     def signature(self) -> dict[str, Any]:
         """What must be the same when the run is resumed."""
@@ -249,11 +279,17 @@ class Compute:
             the directory. The value always comes back through its stored form.
         key: when given, the value is stored in the cache shared by all runs under this key, which must name everything
             the value depends on.
+        part: does a share of the work, ``0 < share <= 1``, and returns a value of the same form. A forecast calls it at
+            two small shares in place of ``fn`` and takes the time to grow evenly; without it, ``fn`` is run and timed.
+        form: returns a value of the same form without the work, in a forecast that cannot do any of it (a model too
+            large to be built, data that are not here); without it such a forecast ends here.
     """
 
     name: str
     fn: Callable[[Path], Any]
     key: str | None = None
+    part: Callable[[Path, float], Any] | None = None
+    form: Callable[[], Any] | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name)

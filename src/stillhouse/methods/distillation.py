@@ -12,13 +12,14 @@ from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, m
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
-from stillhouse.data import Batch
+from stillhouse.data import Batch, Split
 from stillhouse.engine import (
     Compute,
     Held,
     Losses,
     Modules,
     Optimizer,
+    Projection,
     Result,
     Run,
     Stage,
@@ -36,6 +37,7 @@ from stillhouse.methods.supervised import (
     POSITIONS,
     Supervised,
     TrainingFields,
+    by_shots,
     hard_loss,
     longest,
     placed,
@@ -51,9 +53,9 @@ from stillhouse.models import IGNORED, ModelSpec, count_parameters, fingerprint,
 from stillhouse.registry import method_class
 from stillhouse.spec import first_problem
 
-Reads = Literal["labels", "features", "before", "embedding", "student embedding"]
+Reads = Literal["labels", "features", "before", "teacher before", "embedding", "student embedding"]
 """What an objective reads besides logits: class labels; the features at the end of each stage, of both networks; those before
-the activation; the embedding (what the classifier reads) of both, or of the student alone."""
+the activation, of both or of the teacher alone; the embedding (what the classifier reads) of both, or of the student alone."""
 
 
 def _objective(value: Any) -> KnowledgeDistillation:
@@ -77,7 +79,8 @@ def _objective(value: Any) -> KnowledgeDistillation:
             why = "belongs to the recipe as a whole" if whole else f"is no field of it; {nearest(name, own)}"
             raise ValueError(f"{kind}: {name!r} {why}")
     try:
-        return cls.model_validate(fields)
+        # What it stands beside when it is a method of its own is not asked for here.
+        return cls.model_validate({**fields, "also": ()})
     except ValidationError as error:
         path, reason = first_problem(error, cls)
         raise PydanticCustomError("spec", "{reason}", {"reason": reason, "path": path}) from None
@@ -115,8 +118,10 @@ class KnowledgeDistillation(TrainingFields):
     teacher_weights: tuple[float, ...] | None = Field(
         None, description="shares of several teachers in the mean, scaled to a sum of 1; equal ones by default"
     )
-    ensemble: Literal["losses", "probabilities"] = Field(
-        "losses", description="several teachers: average the losses, or their predicted probabilities before the loss"
+    ensemble: Literal["losses", "probabilities", "random"] = Field(
+        "losses",
+        description="several teachers: average the losses, or their predicted probabilities before the loss, or ask one drawn "
+        "anew each step",
     )
     student: ModelSpec = Field("cnn", description="the student", validate_default=True)
     weight_ce: Weight = Field(1.0, description="weight of the loss on the labels")
@@ -158,6 +163,14 @@ class KnowledgeDistillation(TrainingFields):
         """An optimiser of its own for a part; None trains it as the student."""
         return None
 
+    def projection(self, classifier: str) -> Projection | None:
+        """Which of its terms may not oppose others; see :class:`stillhouse.engine.Projection`.
+
+        Args:
+            classifier: path of the student's classifier; empty where none is read.
+        """
+        return None
+
     def ready(self, wiring: Wiring, place: int, run: Run) -> Generator[Any, Any, None]:
         """Yield what comes before the student's stage: statistics of the teacher, training of parts.
 
@@ -167,6 +180,20 @@ class KnowledgeDistillation(TrainingFields):
             run: the run.
         """
         yield from ()
+
+    def measure(self, wiring: Wiring, place: int, run: Run) -> dict[str, float]:
+        """The objective's own measurements of the trained student, for the result; asked in eval mode without gradients."""
+        return {}
+
+    def started(self, run: Run) -> Generator[Any, Any, ModelSpec]:
+        """The student as its training finds it; yields what makes it so, such as training on labels before."""
+        yield from ()
+        return self.student
+
+    def finished(self, result: Result, run: Run) -> Generator[Any, Any, Result]:
+        """Yield what is done with the trained student, such as runs to compare it with; gives back the result with that."""
+        yield from ()
+        return result
 
     def mixed(self, m: Modules, batch: Batch, run: Run) -> Batch:
         """The batch with inputs mixed from its samples, for methods with ``mixes``."""
@@ -196,10 +223,20 @@ class KnowledgeDistillation(TrainingFields):
         nested = next((objective.name for objective in self.also if objective.also), None)
         if nested is not None:
             raise ValueError(f"also: {nested!r} brings objectives of its own; list them beside it")
+        projecting = [objective.name for objective in self.objectives if objective.projection("") is not None]
+        if len(projecting) > 1:
+            raise ValueError(f"also: {projecting[0]!r} and {projecting[1]!r} both project gradients; choose one")
         mixing = [objective.name for objective in self.objectives if objective.mixes]
         if len(mixing) > 1:
             raise ValueError(f"also: {mixing[0]!r} and {mixing[1]!r} both mix the samples of a batch; choose one")
-        deep = [o.name for o in self.objectives if set(o.reads) & {"features", "before", "embedding"}]
+        if self.mix.kind != "none":
+            if mixing:
+                raise ValueError(f"mix: {mixing[0]!r} mixes the samples of a batch itself; use mix=none")
+            reading = next((o.name for o in self.objectives if "labels" in o.reads), None)
+            if reading is not None:
+                raise ValueError(f"mix: {reading!r} reads class labels, and mixed samples have soft ones; use mix=none")
+            mixing = [f"mix={self.mix.kind}"]
+        deep = [o.name for o in self.objectives if set(o.reads) & {"features", "before", "teacher before", "embedding"}]
         if self.cache_teacher and deep:
             raise ValueError(f"cache_teacher: {deep[0]!r} reads the teacher's features, and only its logits are stored")
         if self.cache_teacher and mixing:
@@ -214,8 +251,9 @@ class KnowledgeDistillation(TrainingFields):
                 "store so many fixed views of each sample, augment=none, or cache_teacher=false"
             )
         count = len(self.teacher) if isinstance(self.teacher, tuple) else 1
-        if self.ensemble == "probabilities" and count > 1 and deep:
-            raise ValueError(f"ensemble: {deep[0]!r} reads each teacher's features, which have no mean; use 'losses'")
+        if self.ensemble != "losses" and count > 1 and deep:
+            why = "have no mean" if self.ensemble == "probabilities" else "differ in shape from step to step"
+            raise ValueError(f"ensemble: {deep[0]!r} reads each teacher's features, which {why}; use 'losses'")
         if self.teacher_weights is not None:
             if len(self.teacher_weights) != count:
                 raise ValueError(f"teacher_weights: there are {count} teachers and {len(self.teacher_weights)} weights")
@@ -227,26 +265,33 @@ class KnowledgeDistillation(TrainingFields):
         """Teachers, then the student, then what the table needs."""
         self.check_data(run)
         teachers = yield from self.teachers(run)
-        student = self.student.build(run.data.facts)
+        begun = yield from self.started(run)
+        student = begun.build(run.data.facts)
         before = {name: fingerprint(teacher) for name, teacher in teachers.items()}
         asked, notes = yield from self.asked(run, teachers)
         stage, wiring = yield from self.student_stage(run, "student", student, asked)
         trained = yield stage
+        probes: dict[str, float] = {}
+        if any(type(objective).measure is not KnowledgeDistillation.measure for objective in self.objectives):
+            probes = yield Compute("probes", lambda _: self._measured(wiring, run))
         wiring.close()
 
         models = {**teachers, "student": student}
         if self.compare_alone:
-            alone = yield SubRun("student-alone", self.alone(), seed=run.seed, data=run.data)
+            alone = yield SubRun("student-alone", self.alone(begun), seed=run.seed, data=run.data)
             models["student-alone"] = alone.model
         measured = yield Compute("comparison", lambda _: compare(models, list(teachers), run))
         told = [f"{name} has fingerprint {print_}" for name, print_ in before.items()]
         told += [note for objective in self.objectives for note in objective.notes(run)]
-        return Result(
+        result = Result(
             artefacts={"student": student},
-            metrics={**trained.best, **measured["metrics"]},
+            metrics={**trained.best, **measured["metrics"], **probes},
             tables=[Table("Comparison", measured["columns"], measured["rows"])],
             notes=told + notes + measured["notes"],
         )
+        for objective in self.objectives:
+            result = yield from objective.finished(result, run)
+        return result
 
     def check_data(self, run: Run) -> None:
         """Refuse data without the class labels that an objective reads."""
@@ -280,9 +325,18 @@ class KnowledgeDistillation(TrainingFields):
         return stored, told
 
     def student_stage(
-        self, run: Run, name: str, student: nn.Module, teachers: dict[str, nn.Module]
+        self,
+        run: Run,
+        name: str,
+        student: nn.Module,
+        teachers: dict[str, nn.Module],
+        *,
+        split: Split | None = None,
     ) -> Generator[Any, Any, tuple[Stage, Wiring]]:
-        """The stage that trains the student with every objective; what comes before it is yielded here."""
+        """The stage that trains the student with every objective; what comes before it is yielded here.
+
+        With ``split`` it trains on that in place of the data's training split.
+        """
         wiring = Wiring(self.objectives, student, teachers, run)
         for place, objective in enumerate(self.objectives):
             yield from objective.ready(wiring, place, run)
@@ -293,18 +347,28 @@ class KnowledgeDistillation(TrainingFields):
         held: dict[str, nn.Module | Held] = {"student": student, **wiring.modules()}
         held |= {name: frozen(teacher) for name, teacher in teachers.items()}
         couples = any(objective.couples for objective in self.objectives)
-        update = Update(loss, trains=wiring.trains(), couples=couples, weights=wiring.weights())
+        update = Update(
+            loss, trains=wiring.trains(), couples=couples, weights=wiring.weights(), projection=wiring.projection()
+        )
         views = self.cache_teacher.views if self.cache_teacher else None
-        stage = self.training_stage(run, name, held, update, trained="student", views=views)
+        stage = self.training_stage(run, name, held, update, trained="student", views=views, split=split)
         mixing = next((objective for objective in self.objectives if objective.mixes), None)
         if mixing is not None:
             stage.prepare = mixing.mixed
         return stage, wiring
 
-    def alone(self) -> Supervised:
+    def _measured(self, wiring: Wiring, run: Run) -> dict[str, float]:
+        with measuring(wiring.student, *wiring.modules().values()):
+            return {
+                name: value
+                for place, objective in enumerate(self.objectives)
+                for name, value in objective.measure(wiring, place, run).items()
+            }
+
+    def alone(self, student: ModelSpec) -> Supervised:
         """The same student, trained on the labels alone."""
         shared = {name: getattr(self, name) for name in TrainingFields.model_fields}
-        return Supervised(model=self.student, **shared)
+        return Supervised(model=student, **shared)
 
 
 def soft_loss(
@@ -358,7 +422,7 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
     rows, metrics = [], {}
     for name, model in models.items():
         model.to(run.world.device)
-        numbers = quality(model, split, run)
+        numbers = {**quality(model, split, run), **by_shots(model, split, run)}
         metrics.update({f"{measured}/{name}/{k}": v for k, v in numbers.items()})
         metrics[f"parameters/{name}"] = float(count_parameters(model))
         if name not in teachers and main == "accuracy":
@@ -369,7 +433,12 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
             model.cpu()
             seconds = latency(partial(logits, model), example)
             model.to(run.world.device)
-        shown = [numbers[main], numbers["perplexity"]] if language else [numbers[main]]
+        quantities = [
+            main,
+            *(["perplexity"] if language else []),
+            *(key for key in numbers if key.startswith("accuracy_")),
+        ]
+        shown = [numbers[quantity] for quantity in quantities]
         rows.append([name, *shown, count_parameters(model), round(1e3 * seconds, 4)])
     metrics[f"{measured}/{main}"] = metrics[f"{measured}/student/{main}"]
     notes = []
@@ -378,10 +447,9 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
     if "student-alone" in models and main == "accuracy":
         gain = metrics[f"{measured}/student/accuracy"] - metrics[f"{measured}/student-alone/accuracy"]
         notes.append(f"distillation changed the student's {measured} accuracy by {100 * gain:+.2f} points.")
-    quantities = [main, "perplexity"] if language else [main]
     columns = [
         "model",
-        *(f"{measured} {quantity}" for quantity in quantities),
+        *(f"{measured} {quantity.replace('_', ', ')}" for quantity in quantities),
         "parameters",
         "CPU latency (ms, one sample)",
     ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -29,8 +31,11 @@ from stillhouse.engine import (
     Weight,
     measuring,
 )
-from stillhouse.metrics import classification, regression, token_prediction
+from stillhouse.errors import UserError
+from stillhouse.metrics import classification, regression, shot_accuracy, token_prediction
 from stillhouse.models import IGNORED, ModelSpec, count_parameters, logits, targets
+from stillhouse.models.layers import parameters_by_stage
+from stillhouse.modules.mixing import Mixing, Mixture
 
 MONITORED: dict[str, tuple[str, Literal["max", "min"]]] = {"regression": ("mse", "min"), "language": ("nll", "min")}
 """By which number the best weights are known, and whether it should be large or small; elsewhere the accuracy."""
@@ -49,9 +54,19 @@ class TrainingFields(Method):
     batch_size: int = Field(64, ge=1, description="samples per process and step")
     accumulate: int = Field(1, ge=1, description="micro-batches per step")
     augment: Augment = Field("none", description="augmentation of the training images", validate_default=True)
+    mix: Mixing = Field(
+        "none",
+        description="mix the samples of each training batch, with soft labels: mixup, cutmix, {kind: mixup, fraction, ...}",
+        validate_default=True,
+    )
     keep: Literal["last", "best"] = Field("last", description="weights to keep: the last, or the best on validation")
     evaluations: int = Field(10, ge=1, description="measurements on the validation split during training")
     patience: int | None = Field(None, ge=1, description="measurements without improvement before stopping early")
+    stage_rates: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None,
+        description="learning rate of each stage of the network, first to last, as a factor (a pretrained backbone that is "
+        "fine-tuned: 0.1, 0.1, 0.2, 0.2, 0.3); what comes after the last stage has 1",
+    )
 
     def training_stage(
         self,
@@ -62,13 +77,21 @@ class TrainingFields(Method):
         *,
         trained: str,
         views: int | None = None,
+        split: Split | None = None,
     ) -> Stage:
-        """A stage over the training split that measures the module ``trained`` on the validation split.
+        """A stage over the training split (or another) that measures the module ``trained`` on the validation split.
 
         With ``views`` it meets that many fixed views of each sample in place of a new augmentation each time.
         """
-        batches = run.data.split("train").batches(self.batch_size, augment=self.augment, views=views)
+        train = run.data.split("train") if split is None else split
+        batches = train.batches(self.batch_size, augment=self.augment, views=views)
         steps = max(1, round(self.epochs * batches.per_epoch(run.world.size) / self.accumulate))
+        if self.stage_rates is not None:
+            network = modules[trained]
+            assert isinstance(network, nn.Module)
+            example = train.batch(range(min(2, len(train))), device=run.world.device)
+            network.to(run.world.device)
+            update = replace(update, trains=by_stage(update.trains, trained, network, example, self.stage_rates))
         evaluation = None
         if "validation" in run.data.splits:
             monitor, mode = MONITORED.get(run.data.facts.task, ("accuracy", "max"))
@@ -85,10 +108,16 @@ class TrainingFields(Method):
             updates=[update],
             batches=batches,
             steps=steps,
+            prepare=None if self.mix.kind == "none" else self.blended,
             evaluate=evaluation,
             keep=self.keep if evaluation else "last",
             accumulate=self.accumulate,
         )
+
+    def blended(self, m: Modules, batch: Batch, run: Run) -> Batch:
+        """The batch with its inputs and labels mixed; what else it holds follows the first part of each new sample."""
+        mixture = self.mix.draw(next(iter(batch.inputs.values())), rank=run.world.rank, world=run.world.size)
+        return made_of(batch, mixture, run)
 
 
 class Supervised(TrainingFields):
@@ -114,7 +143,7 @@ class Supervised(TrainingFields):
         trained = yield self.training_stage(
             run, "model", {"model": model}, Update(self.loss, trains={"model": self.optimizer}), trained="model"
         )
-        test = yield Compute("test", lambda _: held_out(model, run))
+        test = yield Compute("test", lambda _: held_out(model, run), form=dict[str, float])
         return Result(
             artefacts={"model": model},
             metrics={**trained.best, **test},
@@ -126,6 +155,55 @@ class Supervised(TrainingFields):
                 )
             ],
         )
+
+
+def by_stage(
+    trains: Mapping[str | tuple[str, ...], Optimizer],
+    name: str,
+    network: nn.Module,
+    example: Batch,
+    rates: tuple[float, ...],
+) -> dict[str | tuple[str, ...], Optimizer]:
+    """What an update trains, with a learning rate of its own for each stage of the network ``name``.
+
+    Raises:
+        UserError: the network has another number of stages.
+    """
+    found, rest = parameters_by_stage(network, example)
+    if len(found) != len(rates):
+        raise UserError(
+            f"stage_rates has {len(rates)} factors and the network {len(found)} stages (as it runs: "
+            f"{', '.join(names[-1].rpartition('.')[0] for names in found if names)}); give one factor a stage."
+        )
+    divided: dict[str | tuple[str, ...], Optimizer] = {}
+    for pattern, optimizer in trains.items():
+        parts = (pattern,) if isinstance(pattern, str) else pattern
+        if name not in parts:
+            divided[pattern] = optimizer
+            continue
+        # Exclusions, such as "!student.classifier", stay with every group that they touch.
+        without = {part.removeprefix("!").removeprefix(f"{name}.") for part in parts if part.startswith(f"!{name}.")}
+        others = tuple(part for part in parts if part != name and not part.startswith(f"!{name}."))
+        for names, rate in zip((*found, rest), (*rates, 1.0), strict=True):
+            kept = [one for one in names if not any(one == path or one.startswith(f"{path}.") for path in without)]
+            kept = [one for one in kept if network.get_parameter(one).requires_grad]
+            group = tuple(f"{name}.{one}" for one in kept) + (others if names is rest else ())
+            if group:
+                divided[group] = optimizer.scaled(rate)
+    return divided
+
+
+def made_of(batch: Batch, mixture: Mixture, run: Run) -> Batch:
+    """The batch of a mixture's samples; logs now and then what share of them has two parts."""
+    mixed = {name: mixture.inputs(values) for name, values in batch.inputs.items()}
+    if "labels" in batch:
+        mixed["labels"] = mixture.labels(batch.labels, run.data.facts.num_classes)
+    others = {name: values[mixture.first] for name, values in batch.items() if name not in mixed}
+    step = run.step + 1
+    if step == run.steps or step % run.settings.log_every == 0:
+        share = run.gather(mixture.mixed.float()).mean()
+        run.log({"stage": run.stage, "step": step, "mix/mixed": float(share)})
+    return batch.replace(**mixed, **others)
 
 
 def hard_loss(model: nn.Module, model_logits: Tensor, batch: Batch, run: Run) -> Tensor:
@@ -177,7 +255,19 @@ def held_out(model: nn.Module, run: Run) -> dict[str, float]:
     """Numbers of a model on the test split; nothing where the data has none."""
     if "test" not in run.data.splits:
         return {}
-    return _named("test", quality(model, run.data.split("test"), run))
+    test = run.data.split("test")
+    return _named("test", {**quality(model, test, run), **by_shots(model, test, run)})
+
+
+def by_shots(model: nn.Module, split: Split, run: Run) -> dict[str, float]:
+    """Accuracy on classes with many and with few training samples; nothing where the data has no long tail."""
+    if run.method.data.long_tail is None:
+        return {}
+    counts = torch.tensor([len(part) for part in run.data.split("train").by_class().values()])
+    with measuring(model):
+        batches = split.in_order(512, device=run.world.device)
+        found = shot_accuracy(lambda batch: logits(model, batch), batches, counts)
+    return {f"accuracy_{name}": value for name, value in found.items()}
 
 
 def _named(split: str, numbers: Mapping[str, float]) -> dict[str, float]:

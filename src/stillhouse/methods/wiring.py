@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.data import Batch
-from stillhouse.engine import Modules, Run, Term, measuring
+from stillhouse.engine import Modules, Projection, Run, Term, measuring
+from stillhouse.engine.seeding import derive
 from stillhouse.errors import UserError
+from stillhouse.losses.logit_matching import ensemble_log_probabilities
 from stillhouse.methods.supervised import placed
 from stillhouse.methods.teacher_outputs import TeacherOutputs
 from stillhouse.models import Taps, logits, resolve_paths
@@ -31,12 +33,14 @@ class Outputs:
         features: at the end of each stage that is read, first to last; maps, tokens or vectors.
         before: the same before the activation that ends the stage.
         embedding: what the classifier reads, (batch, width).
+        mean_logits: of several teachers whose probabilities are averaged, the mean of their logits; None elsewhere.
     """
 
     logits: Tensor
     features: list[Tensor] = field(default_factory=list)
     before: list[Tensor] = field(default_factory=list)
     embedding: Tensor | None = None
+    mean_logits: Tensor | None = None
 
 
 class Reader:
@@ -97,6 +101,8 @@ class Pair:
         labels: of a sequence model the label of each position of its logits, -100 where none counts; None elsewhere.
         parts: what the objective made in its ``parts``, by name.
         models: the modules of the stage; ``models.student`` is the student.
+        classifier: path of the student's module that reads its embedding; None where no embedding is read.
+        about: the same teacher's outputs on another batch.
     """
 
     student: Outputs
@@ -105,6 +111,8 @@ class Pair:
     labels: Tensor | None
     parts: Mapping[str, Any]
     models: Modules
+    about: Callable[[Batch], Outputs]
+    classifier: str | None = None
 
     @cached_property
     def teacher(self) -> Outputs:
@@ -140,6 +148,7 @@ class Wiring:
 
     Attributes:
         student: the student.
+        teachers: the teachers by name, or their stored outputs.
         read: the student's reader.
         links: the wires to the teachers; a single one where their probabilities are averaged.
         parts: what each objective makes for each link, by name.
@@ -153,6 +162,7 @@ class Wiring:
         run: Run,
     ) -> None:
         self.objectives, self.student, self.run = list(objectives), student, run
+        self.teachers = dict(teachers)
         whole = self.objectives[0]
         reads = {what for objective in objectives for what in objective.reads}
         train = run.data.split("train")
@@ -160,7 +170,7 @@ class Wiring:
         self.example = train.batch(range(min(2, len(train))), device=run.world.device)
         for module in (student, *teachers.values()):
             module.to(run.world.device)
-        deep = bool(reads & {"features", "before"})
+        deep = bool(reads & {"features", "before", "teacher before"})
         mine = _layers(student, whole.student_layers, self.example, "student_layers") if deep else ()
         ends = bool(reads & {"embedding", "student embedding"})
         embedding = _classifier(student, whole.student_classifier, self.example, "student_classifier") if ends else None
@@ -178,11 +188,13 @@ class Wiring:
             embedding = (
                 _classifier(teacher, whole.teacher_classifier, self.example, "teacher_classifier") if ends else None
             )
-            reader = Reader(teacher, theirs, before="before" in reads, classifier=embedding)
+            reader = Reader(teacher, theirs, before=bool(reads & {"before", "teacher before"}), classifier=embedding)
             self.readers.append(reader)
             self.links.append(Link(name, weight, reader, _picked(mine, theirs, whole)))
         if whole.ensemble == "probabilities" and len(self.links) > 1:
             self.links = [Link("teachers", 1.0, _averaged(self.links))]
+        elif whole.ensemble == "random" and len(self.links) > 1:
+            self.links = [Link("teachers", 1.0, _drawn(self.links, run))]
         self.parts: list[list[dict[str, nn.Module]]] = [[{} for _ in self.links] for _ in self.objectives]
         if any(objective.has_parts for objective in objectives):
             self._make_parts(Modules({"student": student, **teachers}))
@@ -227,7 +239,16 @@ class Wiring:
         asked = [cache(lambda link=link: link.read(batch)) for link in self.links]
         return [
             [
-                Pair(_chosen(student, link.picks[0]), _choosing(ask, link.picks[1]), batch, labels, parts, m)
+                Pair(
+                    _chosen(student, link.picks[0]),
+                    _choosing(ask, link.picks[1]),
+                    batch,
+                    labels,
+                    parts,
+                    m,
+                    _about(link),
+                    self.read.classifier,
+                )
                 for link, ask, parts in zip(self.links, asked, self.parts[place], strict=True)
             ]
             for place in range(len(self.objectives))
@@ -256,6 +277,15 @@ class Wiring:
                 if name.startswith("weight_") and not (prefix and name == "weight_ce"):
                     found[prefix + name.removeprefix("weight_")] = getattr(objective, name)
         return found
+
+    def projection(self) -> Projection | None:
+        """Which terms may not oppose others, under their names in the stage."""
+        for objective in self.objectives:
+            found = objective.projection(self.read.classifier or "")
+            if found is not None:
+                prefix = "" if objective is self.objectives[0] else f"{objective.name}."
+                return replace(found, terms=tuple(prefix + term for term in found.terms))
+        return None
 
     def close(self) -> None:
         """Remove all taps."""
@@ -311,6 +341,10 @@ def _choosing(ask: Callable[[], Outputs], picks: Sequence[int]) -> Callable[[], 
     return lambda: _chosen(ask(), picks)
 
 
+def _about(link: Link) -> Callable[[Batch], Outputs]:
+    return lambda batch: _chosen(link.read(batch), link.picks[1])
+
+
 def _looked_up(stored: TeacherOutputs) -> Callable[[Batch], Outputs]:
     return lambda batch: Outputs(stored(batch.index, batch.get("view")))
 
@@ -318,10 +352,25 @@ def _looked_up(stored: TeacherOutputs) -> Callable[[Batch], Outputs]:
 def _averaged(links: Sequence[Link]) -> Callable[[Batch], Outputs]:
     """One teacher who predicts the mean of all probabilities."""
 
+    links = [link for link in links if link.weight > 0]
+
     def read(batch: Batch) -> Outputs:
-        logs = [
-            torch.log_softmax(link.read(batch).logits.float(), -1) + torch.tensor(link.weight).log() for link in links
-        ]
-        return Outputs(torch.logsumexp(torch.stack(logs), 0))
+        said = [link.read(batch).logits for link in links]
+        weights = [link.weight for link in links]
+        mean = torch.stack([weight * one.float() for one, weight in zip(said, weights, strict=True)]).sum(0)
+        return Outputs(ensemble_log_probabilities(said, weights), mean_logits=mean)
+
+    return read
+
+
+def _drawn(links: Sequence[Link], run: Run) -> Callable[[Batch], Outputs]:
+    """One of the teachers, drawn by weight for each step, the same in all processes."""
+    ends = torch.tensor([link.weight for link in links]).cumsum(0).tolist()
+
+    def read(batch: Batch) -> Outputs:
+        # Drawn on the CPU from the place in the run: no device is waited for, and no other draw moves.
+        number = derive(run.seed, run.stage, run.step, "teacher") / 2**63
+        place = next((i for i, end in enumerate(ends) if number < end), len(links) - 1)
+        return links[place].read(batch)
 
     return read

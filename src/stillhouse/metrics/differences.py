@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -41,6 +39,8 @@ def paired_difference(differences: Sequence[float]) -> Difference:
     mean, count = statistics.fmean(differences), len(differences)
     if count < 2:
         return Difference(mean, None, None)
+    from scipy.special import stdtrit  # Whoever measures anything else need not wait for it.
+
     std = statistics.stdev(differences)
     half = float(stdtrit(count - 1, 0.975)) * std / math.sqrt(count)
     return Difference(mean, std, (mean - half, mean + half))

@@ -27,7 +27,9 @@ def distance_correlation(first: Items, second: Items) -> Float[Tensor, ""]:
     above = torch.triu_indices(len(first), len(first), offset=1)
     ranks = [_ranks(torch.cdist(x.double(), x.double())[above[0], above[1]]) for x in (first, second)]
     one, other = (rank - rank.mean() for rank in ranks)
-    return (one * other).sum() / (one.norm() * other.norm()).clamp_min(1e-12)
+    lengths = torch.linalg.vector_norm(one) * torch.linalg.vector_norm(other)
+    correlation: Tensor = (one @ other) / lengths.clamp_min(1e-12)
+    return correlation
 
 
 def neighbour_overlap(first: Items, second: Items, k: int = 10) -> Float[Tensor, ""]:
@@ -73,9 +75,9 @@ def _nearest(items: Tensor, k: int) -> Int[Tensor, "items k"]:
 
 
 def _ranks(values: Float[Tensor, " values"]) -> Float[Tensor, " values"]:
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    return (ends - (counts.double() - 1) / 2)[place]
+    _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    sizes: Tensor = counts.double()
+    return (sizes.cumsum(0) - (sizes - 1) / 2)[place]
 
 
 def _check(first: Tensor, second: Tensor, at_least: int) -> None:

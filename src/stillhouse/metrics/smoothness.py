@@ -64,7 +64,7 @@ def spread(features: Float[Tensor, "samples width"], labels: Int[Tensor, " sampl
     >>> spread(torch.tensor([[0.0], [2.0], [10.0], [12.0]]), torch.tensor([0, 0, 1, 1]))
     {'within': 1.0, 'between': 25.0, 'separation': 25.0}
     """
-    classes, place = labels.unique(return_inverse=True)
+    classes, place = torch.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise UserError("The spread of classes needs samples of at least two.")
     wide = features.double()

@@ -1,6 +1,8 @@
 """Models: specs that build them, one way to call any of them, taps, and weights on disk."""
 
-from stillhouse.models.calling import as_logits, forward, logits
+from stillhouse.models.adapted import Adapted
+from stillhouse.models.batch_norm import BatchStatistics, batch_norms
+from stillhouse.models.calling import arguments, as_logits, forward, logits
 from stillhouse.models.coding import Autoencoder, AutoencoderSpec, Code
 from stillhouse.models.convnet import CNN, CNNSpec, ConvNet, ConvNetSpec
 from stillhouse.models.denoiser import DiffusersSpec, PointDenoiser, PointDenoiserSpec, UNetSpec, bottleneck
@@ -11,6 +13,7 @@ from stillhouse.models.predictor import Predictor, PredictorSpec
 from stillhouse.models.resnet import ImageNetResNetSpec, ResNet, ResNetSpec, WideResNet, WideResNetSpec
 from stillhouse.models.sources import FileSpec, ImportSpec, ObjectSpec
 from stillhouse.models.spec import ModelSpec, origin
+from stillhouse.models.standardized import Standardized, StandardizedSpec
 from stillhouse.models.storage import load, load_weights, save
 from stillhouse.models.taps import Taps, resolve_paths
 from stillhouse.models.vit import ViT, ViTSpec
@@ -20,8 +23,10 @@ __all__ = [
     "CNN",
     "IGNORED",
     "MLP",
+    "Adapted",
     "Autoencoder",
     "AutoencoderSpec",
+    "BatchStatistics",
     "CNNSpec",
     "Code",
     "ConvNet",
@@ -40,13 +45,17 @@ __all__ = [
     "PredictorSpec",
     "ResNet",
     "ResNetSpec",
+    "Standardized",
+    "StandardizedSpec",
     "Taps",
     "UNetSpec",
     "ViT",
     "ViTSpec",
     "WideResNet",
     "WideResNetSpec",
+    "arguments",
     "as_logits",
+    "batch_norms",
     "bottleneck",
     "count_parameters",
     "fingerprint",

@@ -208,7 +208,7 @@ class StyleImageDecoder(nn.Module):
     def forward(self, z: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch channels height width"]:
         """Decode codes to logits of pixel intensities."""
         style = self.dense(z)
-        x = self.start.expand(len(z), -1, -1, -1)
+        x = self.start.expand(z.shape[0], -1, -1, -1)
         for stage in self.stages:
             x = stage(x, style)
         logits: Tensor = self.head(x)

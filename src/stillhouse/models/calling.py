@@ -32,6 +32,25 @@ def forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
         UserError: ``forward`` requires an argument that the batch does not have, or an encoder-decoder has nothing for its
             decoder to read.
     """
+    inputs, plan = _planned(module, batch)
+    if plan is _FIRST_POSITIONALLY:
+        return module(next(iter(inputs.values())))
+    return module(**arguments(module, batch))
+
+
+def arguments(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of ``batch`` that :func:`forward` passes to ``module``, by their names in the batch; errors as there."""
+    inputs, plan = _planned(module, batch)
+    if plan is _FIRST_POSITIONALLY:
+        name = next(iter(inputs))
+        return {name: inputs[name]}
+    if plan is _WITH_SHIFTED_LABELS:
+        shifted = unwrapped(module).prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        return arguments(module, {**inputs, "decoder_input_ids": shifted})
+    return {name: inputs[name] for name in plan}
+
+
+def _planned(module: nn.Module, batch: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     inputs = getattr(batch, "inputs", None)
     if inputs is None:
         inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
@@ -40,12 +59,7 @@ def forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
     plan = _PLANS.get(key)
     if plan is None:
         plan = _PLANS[key] = _plan(inner, *key)
-    if plan is _FIRST_POSITIONALLY:
-        return module(next(iter(inputs.values())))
-    if plan is _WITH_SHIFTED_LABELS:
-        shifted = inner.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-        return forward(module, {**inputs, "decoder_input_ids": shifted})
-    return module(**{name: inputs[name] for name in plan})
+    return inputs, plan
 
 
 def unwrapped(module: nn.Module) -> Any:

@@ -101,11 +101,11 @@ class AutoencoderSpec(ModelSpec):
 
     kind = "autoencoder"
 
-    num_latents: int | None = Field(default=None, ge=1)
+    num_latents: int | None = Field(default=None, ge=1, le=2**20)
     """Numbers of the code; twice the known factors of the data when not given (10 without factors)."""
     latent: Literal["per_latent", "shared", "vector", "gaussian", "none"] = "per_latent"
     """A scalar codebook per latent, one for all, a codebook of vectors, a Gaussian posterior, or the plain numbers."""
-    num_values: int = Field(default=10, ge=2)
+    num_values: int = Field(default=10, ge=2, le=2**20)
     """Values of each codebook."""
     learned_values: bool = True
     """Whether the values are trained."""
@@ -117,7 +117,7 @@ class AutoencoderSpec(ModelSpec):
     """Channels of each stage; every stage halves the image."""
     dense_widths: tuple[Positive, ...] = (256, 256)
     """Widths of the dense layers beside the code; of the whole networks for vectors."""
-    convolutions_per_stage: int = Field(default=3, ge=1)
+    convolutions_per_stage: int = Field(default=3, ge=1, le=1000)
     """Convolutions of a stage, the halving one included."""
 
     def latents(self, facts: Facts) -> int:

@@ -82,7 +82,7 @@ class ConvNetSpec(NetworkSpec):
 
     width: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] = 128
     """Channels of every block, or of each block in order."""
-    depth: int = Field(default=3, ge=1)
+    depth: int = Field(default=3, ge=1, le=1000)
     """Number of blocks."""
     norm: Norm = "instance"
     """Normalization after each convolution."""

@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from stillhouse.errors import UserError
+from stillhouse.errors import UnreachableError, UserError
 from stillhouse.facts import Facts
-from stillhouse.models.spec import ModelSpec
+from stillhouse.models.spec import ModelSpec, on_meta
 from stillhouse.models.taps import resolve_paths
 from stillhouse.modules.noise import Condition, NoiseSchedule, predict
 
@@ -32,7 +32,7 @@ class UNetSpec(ModelSpec):
     """Channels of the first level."""
     multipliers: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1)
     """Channels of each level in units of ``width``."""
-    blocks: int = Field(default=1, ge=1)
+    blocks: int = Field(default=1, ge=1, le=1000)
     """Residual blocks of each level."""
     attention: bool = True
     """Self-attention in the bottleneck."""
@@ -126,7 +126,7 @@ class PointDenoiserSpec(ModelSpec):
 
     width: int = Field(default=128, ge=1)
     """Width of the hidden layers."""
-    depth: int = Field(default=3, ge=1)
+    depth: int = Field(default=3, ge=1, le=1000)
     """Number of hidden layers."""
     conditional: bool | None = None
     """Whether it takes class labels. None: when the data has classes."""
@@ -182,13 +182,14 @@ class DiffusersSpec(ModelSpec):
             cls = getattr(library, str(config.get("_class_name")), None)
             if not (isinstance(cls, type) and issubclass(cls, library.ModelMixin)):
                 raise ValueError(f"diffusers has no model class {config.get('_class_name')!r}")
-            if self.config is not None:
+            if self.config is not None or on_meta():
                 module = cls.from_config(config).to(dtype)  # type: ignore[attr-defined]
             else:
                 module = cls.from_pretrained(self.name, torch_dtype=dtype, **where)  # type: ignore[attr-defined]
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise UserError(f"The denoiser {shown} could not be made: {reason}.") from error
+            kind = UnreachableError if isinstance(error, OSError) else UserError
+            raise kind(f"The denoiser {shown} could not be made: {reason}.") from error
         shape, channels = facts.inputs.get("pixel_values", facts.input_shape), module.config.get("in_channels")
         if channels is not None and len(shape) == 3 and channels != shape[0]:
             raise UserError(f"The denoiser {shown} takes {channels} channels and the data has {shape[0]}.")

@@ -14,9 +14,9 @@ from pydantic import model_validator
 from safetensors import SafetensorError
 from torch import nn
 
-from stillhouse.errors import UserError, nearest
+from stillhouse.errors import UnreachableError, UserError, nearest
 from stillhouse.facts import Facts
-from stillhouse.models.spec import ModelSpec, sentence
+from stillhouse.models.spec import ModelSpec, on_meta, sentence
 
 HubTask = Literal["auto", "classification", "token-classification", "masked-lm", "causal-lm", "seq2seq", "base"]
 
@@ -86,7 +86,7 @@ class HubSpec(ModelSpec):
                     f"choose another 'task'."
                 )
             resized = "Classification" in auto.__name__ and _fit_head(config, facts, new=self.config is not None)
-            if self.config is not None:
+            if self.config is not None or on_meta():
                 loading.pop("device_map", None)
                 module = auto.from_config(config, **loading)
                 if self.dtype != "auto":
@@ -97,7 +97,9 @@ class HubSpec(ModelSpec):
                 module = auto.from_pretrained(source, config=config, **loading)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-            raise UserError(f"The model {self._shown()} could not be made: {reason}.") from error
+            # What cannot be found is no mistake of the recipe's.
+            kind = UnreachableError if isinstance(error, OSError) else UserError
+            raise kind(f"The model {self._shown()} could not be made: {reason}.") from error
         built: nn.Module = module.train()
         return built
 
@@ -112,7 +114,9 @@ class HubSpec(ModelSpec):
         looks_local = self.name.startswith((".", "/", "~"))
         path = Path(self.name).expanduser()
         if looks_local and not path.is_dir():
-            raise UserError(f"There is no model directory {self.name!r}; give a directory that exists or a hub id.")
+            raise UnreachableError(
+                f"There is no model directory {self.name!r}; give a directory that exists or a hub id."
+            )
         return str(path) if path.is_dir() else self.name
 
     def _config(self, library: Any, source: str | None) -> Any:

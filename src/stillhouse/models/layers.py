@@ -200,3 +200,22 @@ def _parent(event: _Event) -> str:
 
 def _activates(event: _Event) -> bool:
     return isinstance(event.module, ACTIVATIONS)
+
+
+def parameters_by_stage(module: nn.Module, batch: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
+    """The names of a network's parameters, divided at the ends of its :func:`stages`, in the order in which they run.
+
+    The first stage also has the parameters that belong to no layer of their own, such as the positions of a transformer.
+
+    Returns:
+        The names of each stage, first to last; and of what comes after the last: the classifier, as a rule.
+    """
+    ends = [layer.path for layer in stages(module, batch)]
+    events, _ = _watched(module, batch)
+    place = {event.path: at for at, event in enumerate(events)}
+    until = [place[path] for path in ends]
+    names: list[list[str]] = [[] for _ in (*until, None)]
+    for name, _ in module.named_parameters():
+        at = place.get(name.rpartition(".")[0], -1)
+        names[sum(at > end for end in until)].append(name)
+    return names[:-1], names[-1]

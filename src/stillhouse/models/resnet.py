@@ -156,7 +156,7 @@ class ResNetSpec(NetworkSpec):
 
     kind = "resnet"
 
-    depth: int = Field(default=20, ge=8)
+    depth: int = Field(default=20, ge=8, le=10_000)
     """Layers with weights: 8, 14, 20, 32, 44, 56, 110, ... (6n + 2)."""
     widths: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (16, 32, 64)
     """Channels of the three stages."""
@@ -291,7 +291,7 @@ class WideResNetSpec(NetworkSpec):
 
     kind = "wrn"
 
-    depth: int = Field(default=16, ge=10)
+    depth: int = Field(default=16, ge=10, le=10_000)
     """Layers with weights: 10, 16, 22, 28, 40, ... (6n + 4)."""
     widen_factor: int = Field(default=2, ge=1)
     """Width over that of the CIFAR ResNet."""

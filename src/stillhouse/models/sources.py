@@ -8,12 +8,14 @@ import importlib
 import inspect
 from typing import Any, Self
 
+import torch
 from pydantic import Field, PrivateAttr, field_serializer, model_validator
 from torch import nn
 
-from stillhouse.errors import UserError, nearest
+from stillhouse.errors import UnreachableError, UserError, nearest
 from stillhouse.facts import Facts
 from stillhouse.models import storage
+from stillhouse.models.layers import classifier
 from stillhouse.models.predictor import Predictor, PredictorSpec, predicts
 from stillhouse.models.spec import ModelSpec, origin, remember, sentence
 from stillhouse.models.weights import fingerprint
@@ -71,7 +73,7 @@ class ImportSpec(ModelSpec):
         except ModuleNotFoundError as error:
             absent = error.name is not None and f"{module_name}.".startswith(f"{error.name}.")
             where = "it is not on the Python path" if absent else str(error)
-            raise UserError(f"The model {self.path!r} cannot be imported: {where}.") from error
+            raise UnreachableError(f"The model {self.path!r} cannot be imported: {where}.") from error
         for name in qualified.split("."):
             if not hasattr(found, name):
                 known = [key for key in vars(found) if not key.startswith("_")]
@@ -94,6 +96,8 @@ class FileSpec(ModelSpec):
 
     path: str = Field(min_length=1)
     """The directory, or a '.safetensors' file with its '.json' of the same name beside it."""
+    new_head: bool = False
+    """Take it as a backbone: a fresh classifier for the data at hand, all else as stored."""
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -102,7 +106,28 @@ class FileSpec(ModelSpec):
         return cls(path=text)
 
     def build(self, facts: Facts) -> nn.Module:
-        return storage.load(self.path, facts)
+        stored = storage.load(self.path, facts)
+        return self._with_new_head(stored, facts) if self.new_head else stored
+
+    def _with_new_head(self, stored: nn.Module, facts: Facts) -> nn.Module:
+        """The stored network built anew for these data, with the stored tensors everywhere but in the classifier."""
+        built = origin(stored)
+        if built is None:
+            raise UserError(
+                f"new_head: {self.path!r} is a model of a library; name it as 'hf:PATH', whose head is fitted."
+            )
+        fresh = built[0].build(facts)
+        head = classifier(fresh, {name: torch.zeros(2, *shape) for name, shape in facts.inputs.items()})
+        state = {name: value for name, value in stored.state_dict().items() if not name.startswith(f"{head}.")}
+        shapes = {name: value.shape for name, value in fresh.state_dict().items()}
+        wrong = next((name for name, value in state.items() if shapes.get(name) != value.shape), None)
+        if wrong is not None:
+            raise UserError(
+                f"new_head: {wrong!r} has the shape {tuple(state[wrong].shape)} in {self.path!r} and "
+                f"{tuple(shapes.get(wrong, ()))} for these data; they need inputs of the form it was trained on."
+            )
+        fresh.load_state_dict(state, strict=False)
+        return fresh
 
 
 class ObjectSpec(ModelSpec):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+import torch
 from pydantic import Field
 from torch import nn
 
 from stillhouse.errors import UserError
 from stillhouse.facts import Facts
+from stillhouse.memory import limited
 from stillhouse.spec import Tagged
 
 Activation = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid", "identity"]
@@ -48,18 +52,49 @@ class ModelSpec(Tagged):
         raise NotImplementedError(f"{type(self).__name__} does not say how it is built.")
 
 
+Builder = Callable[[ModelSpec, Callable[[], nn.Module]], nn.Module]
+"""Builds a model from its spec, in place of the plain call of the function that it is given."""
+
+_BUILDER: ContextVar[Builder | None] = ContextVar("builder", default=None)
+
+
+@contextmanager
+def built_by(builder: Builder) -> Iterator[None]:
+    """Let ``builder`` build every model within the block, such as one that keeps large ones on the meta device."""
+    token = _BUILDER.set(builder)
+    try:
+        yield
+    finally:
+        _BUILDER.reset(token)
+
+
+def on_meta() -> bool:
+    """Whether models are being built without memory, on torch's meta device: pretrained weights are then not read."""
+    return torch.get_default_device().type == "meta"
+
+
 _ORIGINS: WeakKeyDictionary[nn.Module, tuple[ModelSpec, Facts]] = WeakKeyDictionary()
 
 
 def _remembering(build: Callable[[Any, Facts], nn.Module]) -> Callable[[Any, Facts], nn.Module]:
     @functools.wraps(build)
     def remembered(spec: ModelSpec, facts: Facts) -> nn.Module:
-        module = build(spec, facts)
+        builder, whole = _BUILDER.get(), functools.partial(_within_memory, build, spec, facts)
+        module = whole() if builder is None else builder(spec, whole)
         if spec.kind not in ("file", "object"):
             remember(module, spec, facts)
         return module
 
     return remembered
+
+
+def _within_memory(build: Callable[[Any, Facts], nn.Module], spec: ModelSpec, facts: Facts) -> nn.Module:
+    """Build a network of sizes that somebody wrote; what comes with its weights or its code has its sizes from there."""
+    foreign = spec.kind in ("file", "object", "import", "predictor") or getattr(spec, "name", None) is not None
+    if foreign:
+        return build(spec, facts)
+    with limited(f"The model {spec.kind!r}", on_meta=on_meta()):
+        return build(spec, facts)
 
 
 def remember(module: nn.Module, spec: ModelSpec, facts: Facts) -> None:

@@ -100,10 +100,7 @@ def load(path: str | os.PathLike[str], facts: Facts | None = None) -> nn.Module:
             f"stillhouse.models.load_weights(module, path)."
         )
     spec: ModelSpec = read(_Described, {"spec": description["spec"]}, where=str(description_file)).spec
-    stored = description.get("facts")
-    if stored is not None:
-        shapes = {name: tuple(shape) for name, shape in stored["inputs"].items()}
-        facts = Facts(**{**stored, "inputs": shapes, "class_names": tuple(stored["class_names"])})
+    facts = stored_facts(weights.parent if description_file.name == DESCRIPTION else path) or facts
     if facts is None:
         raise UserError(f"{str(description_file)!r} holds no facts about the data; pass them to load().")
     module = spec.build(facts)
@@ -128,6 +125,23 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     weights, _ = _files(path)
     _load_state(module, _read_state(weights), weights)
     return module
+
+
+def stored_facts(path: str | os.PathLike[str]) -> Facts | None:
+    """The facts about the data that :func:`save` wrote beside a model; None where it wrote none.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    _, description_file = _files(path)
+    stored = _json(description_file).get("facts")
+    if stored is None:
+        return None
+    try:
+        shapes = {str(name): tuple(map(int, shape)) for name, shape in stored["inputs"].items()}
+        return Facts(**{**stored, "inputs": shapes, "class_names": tuple(stored["class_names"])})
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise UserError(f"The facts in {str(description_file)!r} are damaged.") from None
 
 
 class _Described(Spec):

@@ -109,7 +109,7 @@ class ViT(nn.Module):
         """The normalized tokens after the last block; the class token, if there is one, comes first."""
         tokens = self.patch_embedding(x).flatten(2).transpose(1, 2)
         if self.class_token is not None:
-            tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
+            tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         normalized: Tensor = self.norm(self.blocks(self.dropout(tokens + self.position)))
         return normalized
 
@@ -132,7 +132,7 @@ class ViTSpec(NetworkSpec):
     """Side of a patch in pixels; divides both sides of the image."""
     dim: int = Field(default=192, ge=1)
     """Width of a token."""
-    depth: int = Field(default=6, ge=1)
+    depth: int = Field(default=6, ge=1, le=1000)
     """Number of blocks."""
     heads: int = Field(default=3, ge=1)
     """Attention heads; divides 'dim'."""

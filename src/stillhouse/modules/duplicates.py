@@ -30,8 +30,7 @@ def perceptual_hash(images: Float[Tensor, "n channels height width"]) -> Bool[Te
 
     The 8 x 8 lowest frequencies (DCT-II) of the image at 32 x 32 grey levels, each above or below their median ("pHash").
 
-    >>> torch.manual_seed(0)
-    <torch._C.Generator object at ...>
+    >>> _ = torch.manual_seed(0)
     >>> image = F.interpolate(torch.rand(1, 3, 6, 6), 64, mode="bilinear")
     >>> smaller = F.interpolate(image, 48, mode="bilinear", antialias=True)
     >>> int((perceptual_hash(image) != perceptual_hash(0.9 * smaller)).sum()) <= 2

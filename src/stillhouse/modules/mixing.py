@@ -141,7 +141,9 @@ class Mixup(Mixing):
                 f"{1 / count:.2g}."
             )
         concentration = torch.full((), self.alpha, device=device)
-        share = Beta(concentration, concentration).sample((world * count,))[rank * count : (rank + 1) * count]
+        share = Beta(concentration, concentration, validate_args=False).sample((world * count,))[
+            rank * count : (rank + 1) * count
+        ]
         if self.shared:
             share = share[:1].expand(count)
 

@@ -6,7 +6,7 @@ import copy
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stillhouse.errors import UserError
 
@@ -49,7 +49,8 @@ class MovingAverage(nn.Module):
         """Move towards the network's weights; ``run.step`` counts from 0."""
         (followed,) = self._followed
         decay = min(self.decay, 1 - 1 / (run.step + 2))
-        mine, theirs = list(self.network.parameters()), list(followed.parameters())
+        mine: list[Tensor] = list(self.network.parameters())
+        theirs: list[Tensor] = list(followed.parameters())
         torch._foreach_lerp_(mine, theirs, 1 - decay)
         for copied, buffer in zip(self.network.buffers(), followed.buffers(), strict=True):
             copied.copy_(buffer)

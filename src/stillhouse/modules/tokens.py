@@ -41,8 +41,7 @@ def feature_grid(
     for before in range(3) if prefix is None else (prefix,):
         shape = _grid(count - before, image)
         if shape is not None:
-            patches = features[:, before:].transpose(1, 2)
-            return patches.unflatten(2, shape)
+            return features[:, before:].transpose(1, 2).reshape(len(features), -1, *shape)
     tried = "0, 1 or 2" if prefix is None else str(prefix)
     raise UserError(
         f"{count} tokens, less {tried} that stand for no patch, fill no grid of the image's ratio {image[0]}:{image[1]}; say "
@@ -92,7 +91,7 @@ def grid_tokens(
     """
     if patch == "mean":
         return F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
-    size = [whole // cells for whole, cells in zip(maps.shape[2:], grid, strict=True)]
+    size = (maps.shape[2] // grid[0], maps.shape[3] // grid[1])
     if any(whole % cells for whole, cells in zip(maps.shape[2:], grid, strict=True)):
         raise UserError(
             f"A map of {maps.shape[2]}x{maps.shape[3]} is not cut into {grid[0]}x{grid[1]} equal patches; use patch=mean."

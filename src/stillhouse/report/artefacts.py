@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from stillhouse.report.formatting import duration
+from stillhouse.report.reading import RunFiles
 
 SHOWN = 12
 """Files of an artefact that are listed by name."""
@@ -43,6 +47,54 @@ def shipped(result: Path) -> list[Shipped]:
         loads = [line for folder in folders for line in loading(folder)]
         found.append(Shipped(place.name, listed, max(0, len(files) - SHOWN), total, loads))
     return found
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model in another format: its file, the file's bytes (None where it is gone), the code that loads it, remarks."""
+
+    format: str
+    file: str
+    size: int | None
+    load: str
+    remarks: list[str]
+
+
+def exported(run: RunFiles) -> list[Export]:
+    """What was exported of a run, as ``export/export.json`` lists it."""
+    found = []
+    for item in run.exports:
+        name = str(item.get("file") or "")
+        # The list names files as the command was given them; the run may lie elsewhere now.
+        places = [run.path / "export" / name, run.path / "export" / Path(name).name, run.path / name]
+        place = next((path for path in places if name and path.exists()), None)
+        size = _bytes(place) if place is not None else None
+        found.append(Export(str(item.get("format") or name), name, size, str(item.get("load") or ""), _remarks(item)))
+    return found
+
+
+def _remarks(item: Mapping[str, Any]) -> list[str]:
+    """How an export was judged: its difference from PyTorch, its speed, and notes."""
+    remarks = []
+    difference, artefact = item.get("largest_difference"), item.get("artefact")
+    if isinstance(artefact, str):
+        remarks.append(f"of {artefact}")
+    if isinstance(difference, int | float):
+        remarks.append(
+            f"outputs differ from PyTorch's by at most {difference:.2g}" if difference else "outputs equal PyTorch's"
+        )
+    latency = item.get("latency_ms")
+    for engine, times in latency.items() if isinstance(latency, dict) else ():
+        one = times.get("one_thread") if isinstance(times, dict) else None
+        if isinstance(one, int | float):
+            remarks.append(f"{duration(one / 1000)} a sample in {engine} on one thread")
+    notes = item.get("notes")
+    return remarks + [str(note) for note in (notes if isinstance(notes, list) else [])]
+
+
+def _bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def loading(folder: Path) -> list[str]:

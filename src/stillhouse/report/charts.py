@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from stillhouse.report.formatting import compact, short, ticks
 
@@ -21,11 +21,30 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """A named line; ``color`` is the number of a colour of the style sheet."""
+    """A named line.
+
+    Attributes:
+        name: its name.
+        points: in order of steps.
+        color: the number of a colour of the style sheet.
+        reference: something to hold the others against: thin, grey, its name written at its end.
+    """
 
     name: str
     points: Sequence[Point]
     color: int = 0
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A named point of a scatter; ``error`` reaches up and down from ``y``, ``ours`` marks what the page is about."""
+
+    name: str
+    x: float
+    y: float
+    error: float = 0.0
+    ours: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +86,7 @@ def chart(
     *,
     label: str,
     steps: float,
-    width: int = 360,
+    width: int = 320,
     log: bool = False,
     best: Point | None = None,
     faint: bool = False,
@@ -92,13 +111,13 @@ def chart(
     readout = []
     for line in lines:
         thin, band = _thinned(line.points, POINTS // 4 if faint else POINTS)
-        color = "faint" if faint else f"c{line.color}"
+        color = "faint" if faint else "reference" if line.reference else f"c{line.color}"
         if band and not faint:
             upper = " ".join(_at(x, y, s, high) for s, _, high in band)
             lower = " ".join(_at(x, y, s, low) for s, low, _ in reversed(band))
             parts.append(f'<polygon class="band {color}" points="{upper} {lower}"/>')
         for segment in _segments(thin):
-            dots = len(segment) == 1 or (len(thin) <= 16 and not faint)
+            dots = len(segment) == 1 or (len(thin) <= 16 and not faint and not line.reference)
             if len(segment) > 1:
                 parts.append(f'<polyline class="line {color}" points="{" ".join(_at(x, y, *p) for p in segment)}"/>')
             if dots:
@@ -109,10 +128,59 @@ def chart(
         )
     if best is not None and math.isfinite(best[1]):
         parts.append(f'<circle class="best" cx="{x(best[0]):.1f}" cy="{y(best[1]):.1f}" r="3.6"/>')
+    parts += _names([line for line in lines if line.reference], x, y)
     values = {"lines": json.dumps(readout), "left": LEFT, "right": width - RIGHT, "steps": short(x.high)}
     data = Markup(" ").join(Markup('data-{}="{}"').format(name, value) for name, value in values.items())
     return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}" {}>{}</svg>').format(
         width, HEIGHT, label, "" if faint else data, Markup("".join(parts))
+    )
+
+
+def scatter(dots: Sequence[Dot], *, label: str, across: str, up: str, width: int = 400) -> Markup:
+    """Draw named points, the values across them on a logarithmic axis where they differ threefold.
+
+    Args:
+        dots: the points; those that are not finite are left out.
+        label: what a reader who cannot see it is told.
+        across: what the values across are.
+        up: what the values upwards are.
+        width: of the picture in its own units.
+    """
+    dots = [dot for dot in dots if math.isfinite(dot.x) and math.isfinite(dot.y)]
+    if not dots:
+        return Markup("")
+    xs = [dot.x for dot in dots]
+    ys = [value for dot in dots for value in (dot.y - dot.error, dot.y + dot.error)]
+    log = min(xs) > 0 and max(xs) >= 3 * min(xs)
+    if log:
+        x = Axis(min(xs) / 1.6, max(xs) * 1.6, LEFT, width - RIGHT, log=True)
+    else:
+        margin = 0.15 * (max(xs) - min(xs)) or max(abs(max(xs)) * 0.1, 1e-6)
+        x = Axis(min(xs) - margin, max(xs) + margin, LEFT, width - RIGHT)
+    top = Axis(0, 1, HEIGHT - BOTTOM - 14, TOP + 12)
+    y = _values(ys, log=False)
+    y = Axis(y.low, y.high, top.start, top.end)
+    parts = [_grid(x, y, floor=top.start)]
+    parts.append(f'<text class="tick" x="{x.end}" y="{HEIGHT - 2}" text-anchor="end">{escape(across)}</text>')
+    parts.append(f'<text class="tick" x="{LEFT}" y="{TOP}" dy="0.3em">{escape(up)}</text>')
+    taken: list[tuple[float, float]] = []
+    for dot in sorted(dots, key=lambda dot: (not dot.ours, dot.x)):
+        across_at, up_at, kind = x(dot.x), y(dot.y), "ours" if dot.ours else "other"
+        if dot.error:
+            ends = f'y1="{y(dot.y - dot.error):.1f}" y2="{y(dot.y + dot.error):.1f}"'
+            parts.append(f'<line class="whisker {kind}" x1="{across_at:.1f}" x2="{across_at:.1f}" {ends}/>')
+        parts.append(f'<circle class="point {kind}" cx="{across_at:.1f}" cy="{up_at:.1f}" r="4.5"/>')
+        left = across_at > width * 0.65
+        name_at = up_at
+        while any(abs(name_at - other) < 12 and abs(across_at - place) < 110 for place, other in taken):
+            name_at += 12
+        taken.append((across_at, name_at))
+        place = (
+            f'x="{across_at + (-9 if left else 9):.1f}" y="{name_at:.1f}" text-anchor="{"end" if left else "start"}"'
+        )
+        parts.append(f'<text class="name {kind}" {place} dy="0.34em">{escape(dot.name)}</text>')
+    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        width, HEIGHT, label, Markup("".join(parts))
     )
 
 
@@ -132,7 +200,18 @@ def _values(finite: Sequence[float], *, log: bool) -> Axis:
     return Axis(low - margin, high + margin, bottom, top)
 
 
-def _grid(x: Axis, y: Axis) -> str:
+def _names(lines: Sequence[Line], x: Axis, y: Axis) -> list[str]:
+    """The names of references at their ends, none over another."""
+    ends = [(y(v), line.name) for line in lines for _, v in list(line.points)[-1:] if math.isfinite(v)]
+    parts, lowest = [], -math.inf
+    for level, name in sorted(ends):
+        at = min(max(level - 4, lowest + 11, TOP + 8), HEIGHT - BOTTOM - 2)
+        lowest = at
+        parts.append(f'<text class="tick" x="{x.end}" y="{at:.1f}" text-anchor="end">{escape(name)}</text>')
+    return parts
+
+
+def _grid(x: Axis, y: Axis, floor: float = HEIGHT - BOTTOM) -> str:
     parts = []
     marks = y.ticks(4)
     for tick, text in zip(marks, ticks(marks), strict=True):
@@ -141,10 +220,9 @@ def _grid(x: Axis, y: Axis) -> str:
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{level}" dy="0.34em" text-anchor="end">{text}</text>')
     for tick in x.ticks(4):
         at = x(tick)
-        anchor = "end" if at > x.end - 8 else "start" if tick == 0 else "middle"
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{compact(tick)}</text>')
-    base = HEIGHT - BOTTOM
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{x.end}" y1="{base}" y2="{base}"/>')
+        anchor = "end" if at > x.end - 8 else "start" if at < LEFT + 4 else "middle"
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{floor + 16}" text-anchor="{anchor}">{compact(tick)}</text>')
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{x.end}" y1="{floor}" y2="{floor}"/>')
     return "".join(parts)
 
 

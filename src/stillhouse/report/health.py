@@ -10,11 +10,13 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any, Literal
 
+from stillhouse.engine.health import SAMPLES, Streaks, judge_terms
 from stillhouse.report.formatting import number
 from stillhouse.report.reading import RunFiles, Series, StageLog, UpdateLog, direction
 
 DEAD = 1000.0
-"""A term is called dead when another one of its update adds this many times more to the loss."""
+"""Where its share of the gradient was not sampled often enough for the engine's judgement, a term is called dead when another
+one of its update adds this many times more to the loss."""
 
 FALLING = 0.05
 """Share of the whole fall of a loss that may lie in its last fifth before the loss is said to be still falling."""
@@ -111,12 +113,35 @@ def _finite(run: RunFiles) -> list[str] | None:
 
 
 def _dead(stages: Sequence[StageLog]) -> list[str] | None:
-    """Terms whose weighted size is, over the whole stage, a thousandth of another's."""
+    """Terms that give next to nothing of the gradient, or nearly all of it; where that was not sampled, terms whose weighted
+    size is, over the whole stage, a thousandth of another's."""
     updates = [(stage, update) for stage in stages for update in stage.updates.values() if len(update.terms) > 1]
-    return [sentence for stage, update in updates for sentence in _dead_terms(stage, update)] if updates else None
+    found = []
+    for stage, update in updates:
+        samples = _shares(update)
+        judged = _by_gradient(stage, update, samples) if len(samples) >= SAMPLES else _by_size(stage, update)
+        found += judged
+    return found if updates else None
 
 
-def _dead_terms(stage: StageLog, update: UpdateLog) -> list[str]:
+def _shares(update: UpdateLog) -> list[dict[str, float]]:
+    """The terms' shares of the gradient, a mapping per sample, in order."""
+    by_step: dict[int, dict[str, float]] = {}
+    for name, term in update.terms.items():
+        for step, share in term.shares:
+            if math.isfinite(share):
+                by_step.setdefault(step, {})[name] = share
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _by_gradient(stage: StageLog, update: UpdateLog, samples: Sequence[Mapping[str, float]]) -> list[str]:
+    """What the engine says of them while it trains."""
+    streaks = Streaks()
+    said = [sentence for shares in samples for sentence in judge_terms(update.name, shares, streaks)]
+    return [f"Stage {stage.name}: {sentence}" for sentence in said]
+
+
+def _by_size(stage: StageLog, update: UpdateLog) -> list[str]:
     sizes = {}
     for name, term in update.terms.items():
         finite = [abs(v) for _, v in term.weighted if math.isfinite(v)]

@@ -22,6 +22,12 @@ Series = list[tuple[int, float]]
 SPLITS = ("validation", "test", "train", "val", "valid", "eval")
 """First parts of the names of measurements; no update is called so."""
 
+SHARE = "/gradient_share"
+"""Ends the name of a term's share of the gradient."""
+
+LINE = "/line/"
+"""Stands between the name of a measurement and that of a line that it is held against."""
+
 # fmt: off
 HIGHER = frozenset((
     "acc", "accuracy", "agreement", "alignment", "ap", "ari", "auc", "auroc", "bleu", "clip", "compactness",
@@ -46,11 +52,13 @@ class Term:
         name: its name.
         values: unweighted.
         weighted: what it adds to the loss: value times weight.
+        shares: its share of the gradient's norm, where that was sampled.
     """
 
     name: str
     values: Series = field(default_factory=list)
     weighted: Series = field(default_factory=list)
+    shares: Series = field(default_factory=list)
 
     @property
     def weight(self) -> float:
@@ -94,6 +102,8 @@ class StageLog:
         ended: it ran to its end.
         updates: by name.
         measured: measurements by name.
+        lines: what a measurement is held against, such as the teacher's value: series by name, by measurement.
+        warnings: what was said during training: (step, sentence).
         monitor: the measurement that ``keep`` and ``patience`` watched.
         best_step: the step of its best value.
     """
@@ -104,6 +114,8 @@ class StageLog:
     ended: bool = False
     updates: dict[str, UpdateLog] = field(default_factory=dict)
     measured: dict[str, Series] = field(default_factory=dict)
+    lines: dict[str, dict[str, Series]] = field(default_factory=dict)
+    warnings: list[tuple[int, str]] = field(default_factory=list)
     monitor: str | None = None
     best_step: int | None = None
 
@@ -119,9 +131,11 @@ class RunFiles:
         about: ``run.json``.
         metrics: ``metrics.json``; None while the run is unfinished.
         cost: seconds per yield.
+        memory: peak bytes per yield, named as in ``cost``.
         tables: tables for people.
         notes: sentences for people.
         inputs: ``result/inputs.json``: what a model of the run is fed.
+        exports: ``export/export.json``: format, file and load line of each exported model.
         yields: what the method yielded, in order, as the engine recorded it.
         stages: the log.
         damaged: number of lines of the log that are no JSON.
@@ -133,9 +147,11 @@ class RunFiles:
     about: Mapping[str, Any]
     metrics: Mapping[str, Any] | None
     cost: Mapping[str, float]
+    memory: Mapping[str, float]
     tables: Sequence[Mapping[str, Any]]
     notes: Sequence[str]
     inputs: Mapping[str, Any]
+    exports: Sequence[Mapping[str, Any]]
     yields: Sequence[Mapping[str, Any]]
     stages: Sequence[StageLog]
     damaged: int
@@ -181,13 +197,15 @@ def read_run(path: Path) -> RunFiles:
     return RunFiles(
         path=path,
         recipe_text=text,
-        recipe=_yaml(text),
+        recipe=yaml_mapping(text),
         about=_json(path / "run.json", dict) or {},
         metrics=_json(path / "metrics.json", dict),
-        cost=_json(path / "cost.json", dict) or {},
+        cost=_numbers(path / "cost.json"),
+        memory=_numbers(path / "memory.json"),
         tables=told.get("tables") or [],
         notes=told.get("notes") or [],
         inputs=_json(path / "result" / "inputs.json", dict) or {},
+        exports=[item for item in _json(path / "export" / "export.json", list) or [] if isinstance(item, dict)],
         yields=_yields(path),
         stages=stages,
         damaged=damaged,
@@ -207,6 +225,13 @@ def direction(name: str) -> int:
         if word in HIGHER:
             return 1
     return 0
+
+
+def needs_objects(value: Any) -> bool:
+    """Whether a recipe names Python objects, which have to be passed again."""
+    if isinstance(value, Mapping):
+        return ("object" in value and "fingerprint" in value) or any(map(needs_objects, value.values()))
+    return isinstance(value, list) and any(map(needs_objects, value))
 
 
 def _stages(path: Path, prefix: str = "") -> tuple[list[StageLog], int]:
@@ -237,8 +262,12 @@ def _stage(path: Path, name: str, rows: list[dict[str, Any]], signature: Mapping
     stage = StageLog(name, planned=signature.get("steps"), reached=max(row["step"] for row in rows))
     stage.ended = over or (home / "end").is_dir() or (stage.planned is not None and stage.reached >= stage.planned)
     known = [re.sub(r" trains .*", "", str(update)) for update in signature.get("updates") or []]
+    plans: dict[tuple[str, ...], list[tuple[str, str, str, str]]] = {}
     for row in rows:
-        _take(stage, row, known or _updates(row))
+        keys = tuple(row)
+        if keys not in plans:
+            plans[keys] = _plan(keys, known or _updates(row))
+        _take(stage, row, plans[keys])
     best = _best(home)
     for metric, series in stage.measured.items():
         if best is not None and best["value"] == (best.get("metrics") or {}).get(metric):
@@ -252,28 +281,70 @@ def _stage(path: Path, name: str, rows: list[dict[str, Any]], signature: Mapping
     return stage
 
 
-def _take(stage: StageLog, row: Mapping[str, Any], updates: Sequence[str]) -> None:
-    """Sort the numbers of a row into terms, learning rates and measurements."""
+def _take(stage: StageLog, row: Mapping[str, Any], plan: Sequence[tuple[str, str, str, str]]) -> None:
+    """Sort the numbers of a row into terms, learning rates, measurements and lines."""
     step = row["step"]
-    for key, value in row.items():
+    if isinstance(row.get("warning"), str):
+        stage.warnings.append((step, row["warning"]))
+    for kind, key, name, rest in plan:
+        value = row[key]
         # The log writes numbers that are not finite as null.
         value = math.nan if value is None else value
-        if key in ("stage", "step") or isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        name = max((u for u in updates if key.startswith(u + "/")), key=len, default=None)
-        if name is None:
-            stage.measured.setdefault(key, []).append((step, float(value)))
-            continue
-        rest = key[len(name) + 1 :]
-        update = stage.updates.setdefault(name, UpdateLog(name))
-        if rest.startswith("lr/"):
-            update.rates.setdefault(rest[3:], []).append((step, float(value)))
-        elif not (rest.endswith("/scale") and key.removesuffix("/scale") in row):
-            term = update.terms.setdefault(rest, Term(rest))
-            term.values.append((step, float(value)))
+        point = (step, float(value))
+        if kind == "measured":
+            stage.measured.setdefault(name, []).append(point)
+        elif kind == "line":
+            stage.lines.setdefault(name, {}).setdefault(rest, []).append(point)
+        elif kind == "rate":
+            _update(stage, name).rates.setdefault(rest, []).append(point)
+        elif kind == "share":
+            _term(stage, name, rest).shares.append(point)
+        else:
+            term = _term(stage, name, rest)
+            term.values.append(point)
             # The engine logs no scale where the weight is 1.
             weighted = row.get(f"{key}/scale", value)
             term.weighted.append((step, math.nan if weighted is None else float(weighted)))
+
+
+def _update(stage: StageLog, name: str) -> UpdateLog:
+    found = stage.updates.get(name)
+    if found is None:
+        found = stage.updates[name] = UpdateLog(name)
+    return found
+
+
+def _term(stage: StageLog, update: str, name: str) -> Term:
+    terms = _update(stage, update).terms
+    if name not in terms:
+        terms[name] = Term(name)
+    return terms[name]
+
+
+def _plan(keys: Sequence[str], updates: Sequence[str]) -> list[tuple[str, str, str, str]]:
+    """Where the numbers of a row with these keys belong: (kind, key, update or measurement, the rest of its name).
+
+    Most rows of a log have the keys of one before: they are understood once.
+    """
+    plan = []
+    for key in keys:
+        update = max((u for u in updates if key.startswith(u + "/")), key=len, default=None)
+        if key in ("stage", "step"):
+            continue
+        if update is None:
+            metric, line, reference = key.partition(LINE)
+            plan.append(("line" if line else "measured", key, metric if line else key, reference))
+            continue
+        rest = key[len(update) + 1 :]
+        if rest.startswith("lr/"):
+            plan.append(("rate", key, update, rest[3:]))
+        elif rest.endswith(SHARE) and key.removesuffix(SHARE) in keys:
+            plan.append(("share", key, update, rest.removesuffix(SHARE)))
+        elif not (rest.endswith("/scale") and key.removesuffix("/scale") in keys):
+            plan.append(("term", key, update, rest))
+    return plan
 
 
 def _updates(row: Mapping[str, Any]) -> list[str]:
@@ -310,7 +381,12 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _yields(path: Path) -> list[dict[str, Any]]:
     groups = _json(path / "checkpoints" / "yields.json", list) or []
-    return [item for group in groups for item in (group if isinstance(group, list) else [group])]
+    items = [item for group in groups for item in (group if isinstance(group, list) else [group])]
+    return [item for item in items if isinstance(item, dict)]
+
+
+def _numbers(path: Path) -> dict[str, float]:
+    return {str(k): float(v) for k, v in (_json(path, dict) or {}).items() if isinstance(v, int | float)}
 
 
 def _json(path: Path, kind: type) -> Any:
@@ -325,7 +401,8 @@ def _json(path: Path, kind: type) -> Any:
     return value
 
 
-def _yaml(text: str) -> Mapping[str, Any]:
+def yaml_mapping(text: str) -> Mapping[str, Any]:
+    """A YAML text as a mapping; an empty one where it is none."""
     try:
         values = YAML(typ="safe", pure=True).load(text)
     except YAMLError:

@@ -82,8 +82,9 @@ class Condensation(Method):
         space: dict[str, Any] = {"mean": scale.mean, "std": scale.std} if scale is not None else {}
         provenance: dict[str, Any] = {"method": self.name, "data": run.data.name, "seed": run.seed}
         if how == "noise":
+            size = (classes * self.images_per_class, *image(facts))
             made = yield Compute(
-                "start", lambda _: {"images": torch.randn(classes * self.images_per_class, *image(facts))}
+                "start", lambda _: {"images": torch.randn(size)}, form=lambda: {"images": torch.zeros(size)}
             )
             labels = torch.arange(classes).repeat_interleave(self.images_per_class)
             provenance["start"] = "noise"
@@ -98,7 +99,11 @@ class Condensation(Method):
             else:
                 model = spec.build(facts).to(run.world.device)
             features = partial(penultimate, model, split, run)
-        chosen = yield Compute("start", lambda _: select(how, split.labels, self.images_per_class, features))
+        chosen = yield Compute(
+            "start",
+            lambda _: select(how, split.labels, self.images_per_class, features),
+            form=lambda: random_selection(split.labels, self.images_per_class),
+        )
         images = torch.cat([split.batch(part)["pixel_values"] for part in chosen.split(512)])
         # Selections are grouped by class already, so these are the positions of the images in their order.
         provenance["start"] = {"samples": chosen.tolist()}
@@ -156,6 +161,7 @@ class Condensation(Method):
         measured: dict[str, list[float]] = yield Compute(
             f"scores/{name}",
             lambda _: {key: [held_out(net, run)["test/accuracy"] for net in found] for key, found in nets.items()},
+            form=lambda: {key: [0.0 for _ in found] for key, found in nets.items()},
         )
         return measured
 

@@ -63,10 +63,11 @@ class Matching(Condensation):
             updates=[Update(partial(self.match, taps), {"set.images": sgd(lr, momentum=self.momentum)}, name="match")],
             steps=self.num_steps,
             prepare=self.prepare,
+            show=lambda m, run: {"images": grid(m.set)},
         )
         taps.close()
         scores["distilled"] = yield from self.scored(run, distilled, "distilled")
-        clipped = yield Compute("clipped", lambda _: float(distilled.clipped))
+        clipped = yield Compute("clipped", lambda _: float(distilled.clipped), form=float)
         note = f"{100 * clipped:.1f}% of the learned pixel values lie outside [0, 1] and are clipped in pictures and exports."
         return self.concluded(run, distilled, scores, pictures={"start": before}, notes=[note])
 

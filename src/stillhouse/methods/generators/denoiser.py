@@ -24,10 +24,13 @@ from stillhouse.engine import (
 from stillhouse.errors import UserError
 from stillhouse.losses.scores import Weighting, denoising, denoising_weight
 from stillhouse.methods.generators.process import Diffusion, Process, Sampler
-from stillhouse.methods.generators.scoring import Generating
+from stillhouse.methods.generators.scoring import Generating, progress
 from stillhouse.models import ModelSpec, UNetSpec
 from stillhouse.modules.noise import EDMNoise, NoiseSchedule, Prediction, check_prediction
 from stillhouse.spec import Spec
+
+SHOWN_STEPS = 8
+"""Sampling steps of the pictures during training."""
 
 WEIGHTINGS: dict[Prediction, Weighting] = {
     "edm": "edm",
@@ -103,6 +106,8 @@ class Denoiser(DenoiserTraining, Generating):
             steps=self.num_steps,
             ema={"net": self.ema},
             keep="ema",
+            show=lambda m, run: progress(Diffusion(m.net, process, self.schedule.grid(SHOWN_STEPS), self.sampler), run),
+            show_every=max(1, self.num_steps // 5),
         )
         model = Diffusion(
             net,

@@ -36,7 +36,7 @@ from stillhouse.errors import UserError
 from stillhouse.losses.scores import denoising, distribution_matching, gan_discriminator, gan_generator
 from stillhouse.methods.generators.denoiser import weight_of
 from stillhouse.methods.generators.process import Diffusion, Process, Sampler, trainable_copy
-from stillhouse.methods.generators.scoring import Generating
+from stillhouse.methods.generators.scoring import Generating, progress
 from stillhouse.methods.generators.teacher import DiffusionTeacher, Teacher
 from stillhouse.models import bottleneck, count_parameters, fingerprint, load
 from stillhouse.modules.discriminator import BottleneckDiscriminator
@@ -320,7 +320,12 @@ class DMD2(Generating):
             ema={"generator": self.ema} if self.ema else {},
             keep="ema" if self.ema else "last",
             accumulate=self.accumulate,
+            show=partial(self.show, process, times) if self.data is not None else None,
         )
+
+    def show(self, process: Process, times: Num[Tensor, "steps"], m: Modules, run: Run) -> dict[str, Tensor]:
+        """What the student makes of noise that stays the same."""
+        return progress(Diffusion(m.generator, process, times, "multistep"), run)
 
     def head(self, process: Process, fake: nn.Module) -> BottleneckDiscriminator:
         """A discriminator for the bottleneck of the fake score."""
@@ -421,7 +426,13 @@ class DMD2(Generating):
             "device": run.world.device.type,
             "threads": torch.get_num_threads(),
         }
-        stored = yield Compute("pairs", lambda _: self.pairs(run, full), key=json.dumps(key, sort_keys=True))
+        stored = yield Compute(
+            "pairs",
+            lambda _: self.pairs(run, full),
+            key=json.dumps(key, sort_keys=True),
+            part=lambda _, share: self.pairs(run, full, share),
+            form=lambda: self.pairs(run, full, 0.0),
+        )
         facts = Facts({"noise": process.shape, "target": process.shape}, task="unlabelled")
         pairs = Split("pairs", facts, stored)
         net = trainable_copy(teacher.net)
@@ -440,8 +451,8 @@ class DMD2(Generating):
         )
         return net
 
-    def pairs(self, run: Run, full: Diffusion) -> dict[str, Tensor]:
-        """Noise, the teacher's samples from it, and what they are conditioned on."""
+    def pairs(self, run: Run, full: Diffusion, share: float = 1.0) -> dict[str, Tensor]:
+        """Noise, the teacher's samples from it (of a share of it; else the noise), and what they are conditioned on."""
         process, device, count = full.process, run.world.device, self.regression_pairs
         full.net.to(device)
         # All draws come first, so that they do not depend on how many samples are made at once.
@@ -452,9 +463,12 @@ class DMD2(Generating):
         elif process.classes is not None:
             found["labels"] = torch.randint(process.classes, (count,))
         targets = []
-        for start in range(0, count, self.eval_batch_size):
-            part = {name: value[start : start + self.eval_batch_size].to(device) for name, value in found.items()}
+        sampled = round(share * count)
+        for start in range(0, sampled, self.eval_batch_size):
+            rows = slice(start, min(start + self.eval_batch_size, sampled))
+            part = {name: value[rows].to(device) for name, value in found.items()}
             targets.append(full(part["noise"], self._looked_up(process, run, part)).cpu())
+        targets.append(found["noise"][sampled:])
         return {**found, "target": torch.cat(targets)}
 
     def regression_loss(self, process: Process, time: Num[Tensor, "1"], m: Modules, batch: Batch, run: Run) -> Losses:

@@ -71,7 +71,12 @@ class Generating(Method):
             )
             result = yield SubRun("probe", training, data=run.data)
             probe = Probe(result.model, f"{self.probe.kind}-{fingerprint(result.model)[:8]}")
-        stored = yield Compute(name, lambda _: Scorer(self, run, probe).compare(generators))
+        stored = yield Compute(
+            name,
+            lambda _: Scorer(self, run, probe).compare(generators),
+            part=lambda _, share: Scorer(self, run, probe, share).compare(generators),
+            form=lambda: {"numbers": {label: {} for label in generators}, "pictures": {}, "probe_accuracy": 0.0},
+        )
         rows: list[list[str | float | int]] = [
             [label, generators[label].nfe if label in generators else "", *(round(v, 4) for v in numbers.values())]
             for label, numbers in stored["numbers"].items()
@@ -132,17 +137,18 @@ class Scorer:
         method: for the number of samples.
         run: the run.
         probe: the classifier, for images with classes.
+        share: share of the samples to measure.
     """
 
-    def __init__(self, method: Generating, run: Run, probe: Probe | None) -> None:
+    def __init__(self, method: Generating, run: Run, probe: Probe | None, share: float = 1.0) -> None:
         self.run, self.probe, self.device = run, probe, run.world.device
-        self.count, self.batch_size = method.eval_samples, method.eval_batch_size
+        self.count, self.batch_size = max(FEWEST, round(share * method.eval_samples)), method.eval_batch_size
         if probe is not None:
             probe.net.to(self.device)
 
     def compare(self, generators: Mapping[str, Diffusion]) -> dict[str, Any]:
         """Numbers and pictures of each generator, from the same noise and conditions."""
-        data, process = self.run.data, next(iter(generators.values())).process
+        run, data, process = self.run, self.run.data, next(iter(generators.values())).process
         train = self._features(data.split("train"))
         self.reach = 1.1 * float(train.abs().max())
         numbers: dict[str, dict[str, float]] = {}
@@ -166,7 +172,7 @@ class Scorer:
                 found.append(generator(noise[rows].to(self.device), condition).float())
             samples = torch.cat(found)
             numbers[label] = self._numbers(samples, given.get("labels"), train, projections)
-            if (picture := self._picture(samples, process.classes)) is not None:
+            if (picture := pictured(samples, process.classes, run, self.reach)) is not None:
                 pictures[label] = picture
         if held is not None:
             real = torch.cat([self._samples(batch) for batch in held.in_order(self.batch_size, device=self.device)])
@@ -177,7 +183,8 @@ class Scorer:
                 if process.classes is not None and min(map(len, held.by_class().values())) >= 8
                 else torch.arange(len(real))
             )
-            if (picture := self._picture(real[order.flatten().to(self.device)], process.classes)) is not None:
+            shown = real[order.flatten().to(self.device)]
+            if (picture := pictured(shown, process.classes, run, self.reach)) is not None:
                 pictures["real"] = picture
         accuracy = 0.0
         if self.probe is not None and held is not None:
@@ -231,12 +238,37 @@ class Scorer:
             numbers |= {"mode_recall": found.recall, "mode_quality": found.quality}
         return numbers
 
-    def _picture(self, samples: Tensor, classes: int | None) -> Tensor | None:
-        """Images in a grid with a class per column; points in the plane as a density."""
-        if samples.ndim == 4 and self.run.data.scale is not None:
-            columns = classes if classes is not None and classes <= 20 else 10
-            return grid(self.run.data.to_unit(samples[: 8 * columns].cpu()), columns)
-        return density(samples.cpu(), self.reach) if samples.ndim == 2 and samples.shape[1] == 2 else None
+
+def pictured(samples: Tensor, classes: int | None, run: Run, reach: float) -> Tensor | None:
+    """Images in a grid with a class per column; points in the plane as a density, up to ``reach``."""
+    if samples.ndim == 4 and run.data.scale is not None:
+        columns = _columns(classes)
+        return grid(run.data.to_unit(samples[: 8 * columns].cpu()), columns)
+    return density(samples.cpu(), reach) if samples.ndim == 2 and samples.shape[1] == 2 else None
+
+
+def _columns(classes: int | None) -> int:
+    return classes if classes is not None and classes <= 20 else 10
+
+
+def progress(generator: Diffusion, run: Run) -> dict[str, Tensor]:
+    """Two rows of samples, from noise of torch's global generator, as :attr:`Stage.show` draws them.
+
+    Nothing where samples are neither images of one or three channels nor points in the plane.
+    """
+    process, train, device = generator.process, run.data.split("train"), run.world.device
+    points = len(process.shape) == 1
+    if process.shape[0] not in (1, 3) if not points else process.shape != (2,):
+        return {}
+    count = 1000 if points else 2 * _columns(process.classes)
+    noise = torch.randn(count, *process.shape)
+    given = train.batch(torch.arange(count) % len(train)) if process.fields else {}
+    if process.classes is not None:
+        given = {"labels": torch.arange(count) % process.classes}
+    condition = process.condition({name: value.to(device) for name, value in given.items()})
+    reach = 1.1 * float(train.batch(range(min(count, len(train))))["features"].abs().max()) if points else 0.0
+    picture = pictured(generator(noise.to(device), condition).float(), process.classes, run, reach)
+    return {} if picture is None else {"samples": picture}
 
 
 def grid(images: Float[Tensor, "images channels height width"], columns: int) -> Float[Tensor, "channels height width"]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stillhouse.data import DataSpec
 from stillhouse.engine import Optimizer, Run, SubRun
-from stillhouse.errors import UserError
+from stillhouse.errors import UnreachableError, UserError
 from stillhouse.facts import Facts
 from stillhouse.methods.generators.denoiser import Denoiser, DenoiserTraining
 from stillhouse.methods.generators.process import Process
@@ -48,7 +48,7 @@ class DiffusionTeacher(Tagged):
     def parse(cls, value: Any) -> Self:
         """Also accept whatever a model accepts, and a pipeline."""
         kind = value.get("kind") if isinstance(value, dict) else None
-        if isinstance(value, cls) or (kind in cls.members):
+        if isinstance(value, cls) or (isinstance(kind, str) and kind in cls.members):
             return super().parse(value)
         fields: dict[str, Any] = {}
         if hasattr(value, "scheduler"):
@@ -135,7 +135,8 @@ class PretrainedDiffusion(DiffusionTeacher):
         try:
             found: dict[str, Tensor] = load_file(Path(self.null_conditions).expanduser())
         except (OSError, SafetensorError) as error:
-            raise UserError(f"null_conditions: {self.null_conditions} cannot be read: {error}.") from None
+            kind = UnreachableError if isinstance(error, FileNotFoundError) else UserError
+            raise kind(f"null_conditions: {self.null_conditions} cannot be read: {error}.") from None
         return found
 
     def _homes(self) -> list[Path]:
@@ -172,7 +173,8 @@ class PretrainedDiffusion(DiffusionTeacher):
                 )
             except (OSError, ValueError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-                raise UserError(f"The scheduler of {self.model.name!r} could not be read: {reason}.") from None
+                kind = UnreachableError if isinstance(error, OSError) else UserError
+                raise kind(f"The scheduler of {self.model.name!r} could not be read: {reason}.") from None
         schedule, prediction = from_diffusers(config)
         return Written(schedule=schedule, prediction=prediction)
 

@@ -94,14 +94,22 @@ class Autoencoding(Method):
         yield from rest_in_range(run.data.split("train"), run.data.name)
         batches = run.data.split("train").batches(self.batch_size)
         update = Update(self.loss, trains=self.trains(model), couples=self.couples(), sparse=True)
-        yield Stage("autoencoder", {"model": model}, [update], steps=self.num_steps, batches=batches)
+        split = measured_split(run)
+        yield Stage(
+            "autoencoder",
+            {"model": model},
+            [update],
+            steps=self.num_steps,
+            batches=batches,
+            show=lambda m, run: draw(m.model, split, run),
+        )
         return (yield from self.concluded(run, model))
 
     def concluded(self, run: Run, model: Autoencoder) -> Stages:
         """The measured result."""
-        split = run.data.split("validation" if "validation" in run.data.splits else "train")
-        measured = yield Compute("measures", lambda _: measure(model, split, self.held_out, run))
-        pictures = yield Compute("pictures", lambda _: draw(model, split, run))
+        split = measured_split(run)
+        measured = yield Compute("measures", lambda _: measure(model, split, self.held_out, run), form=not_measured)
+        pictures = yield Compute("pictures", lambda _: draw(model, split, run), form=dict[str, Tensor])
         numbers = measured["numbers"]
         rows: list[list[str | float | int]] = [[name, round(value, 4)] for name, value in numbers.items()]
         functions: dict[str, Callable[..., Any]] = {"encode": Encoder(model), "decode": Decoder(model)}
@@ -212,7 +220,7 @@ def rest_in_range(split: Split, name: str) -> Generator[Compute, Any, None]:
         extents = torch.tensor([_extent(split, field, chunk[field]) for chunk in in_chunks(source)])
         return torch.stack([extents[:, 0].amin(), extents[:, 1].amax()])
 
-    low, high = (yield Compute("range", read)).tolist()
+    low, high = (yield Compute("range", read, form=lambda: torch.tensor([0.0, 1.0]))).tolist()
     _refuse_outside((low, high), name)
 
 
@@ -231,6 +239,16 @@ def _refuse_outside(extent: tuple[float, float], name: str) -> None:
         raise UserError(
             f"data: {name!r} has values from {low:.3g} to {high:.3g}, but this method needs [0, 1]; set data.pixels=unit."
         )
+
+
+def measured_split(run: Run) -> Split:
+    """Where a code is measured: the validation split, or the training split where there is none."""
+    return run.data.split("validation" if "validation" in run.data.splits else "train")
+
+
+def not_measured() -> dict[str, Any]:
+    """The form of what :func:`measure` gives."""
+    return {"numbers": {}, "latents": 0, "samples": 0, "seen": torch.empty(0), "notes": []}
 
 
 def measure(model: Autoencoder, split: Split, most: int, run: Run) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from stillhouse.methods.representations.autoencoding import (
     draw,
     inputs,
     measure,
+    not_measured,
     rest_in_range,
 )
 from stillhouse.models import Autoencoder, AutoencoderSpec, ModelSpec, count_parameters
@@ -157,10 +158,13 @@ class QuantizedInfoGAN(Method):
             updates=[critic, generator],
             batches=run.data.split("train").batches(self.batch_size),
             steps=self.num_steps,
+            show=lambda m, run: gallery(model, SHOWN),
         )
         split = run.data.split("validation" if "validation" in run.data.splits else "train")
-        measured = yield Compute("measures", lambda _: measure(model, split, self.held_out, run))
-        pictures = yield Compute("pictures", lambda _: {**draw(model, split, run), **gallery(model, SHOWN)})
+        measured = yield Compute("measures", lambda _: measure(model, split, self.held_out, run), form=not_measured)
+        pictures = yield Compute(
+            "pictures", lambda _: {**draw(model, split, run), **gallery(model, SHOWN)}, form=dict[str, Tensor]
+        )
         numbers = measured["numbers"]
         rows: list[list[str | float | int]] = [[name, round(value, 4)] for name, value in numbers.items()]
         title = f"Code of {measured['latents']} latents on {measured['samples']} samples ({split.name})"

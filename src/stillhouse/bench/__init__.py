@@ -1,0 +1,7 @@
+"""The bench: methods compared on equal terms, and recipes searched for, by workers that may die."""
+
+from stillhouse.bench.comparison import Comparison, compare
+from stillhouse.bench.searching import Search, search
+from stillhouse.bench.watching import Unwatched, Watcher
+
+__all__ = ["Comparison", "Search", "Unwatched", "Watcher", "compare", "search"]
