@@ -1,12 +1,18 @@
 """The pages say what is so: their Python runs, their links lead somewhere, the files and tests they name exist."""
 
 import importlib.util
+import itertools
 import json
 import re
 import runpy
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
+
+from stillhouse.recipe import load_recipe
+from stillhouse.registry import entries
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -149,3 +155,36 @@ def test_a_reference_has_every_module_of_its_room(hooks):
     assert {f"stillhouse.{room}" for room in ("losses", "metrics", "modules", "models", "data", "engine")} <= set(rooms)
     assert "::: stillhouse.losses.transport\n" in hooks.modules("stillhouse.losses")
     assert "__init__" not in hooks.modules("stillhouse.losses")
+
+
+def commands(page):
+    """The lines of a page's console blocks that call stillhouse, as words; a comment ends a line."""
+    blocks = [code for _, _, language, code in FENCE.findall(page.read_text()) if language == "console"]
+    lines = [line[2:] for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("$ ")]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[line.index("stillhouse") + 1 :] for line in words if "stillhouse" in line]
+
+
+WITH_RUNS = [page for page in PAGES if any(line[:1] == ["run"] for line in commands(page))]
+
+
+@pytest.mark.parametrize("page", WITH_RUNS, ids=name_of)
+def test_the_runs_that_a_page_shows_are_valid_recipes(page):
+    known = {entry["name"] for entry in entries()}
+    for line in commands(page):
+        if line[:1] != ["run"] or line[1].partition("/")[0] not in known:
+            continue
+        options = {"--out", "--seed"}
+        words = [
+            word for before, word in itertools.pairwise(line) if before not in options and not word.startswith("--")
+        ]
+        load_recipe(words[0], words[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_shell_scripts_of_a_page_are_shell(page, tmp_path):
+    for number, (_, _, language, code) in enumerate(FENCE.findall(page.read_text())):
+        if language == "bash":
+            script = tmp_path / f"{number}.sh"
+            script.write_text(code)
+            subprocess.run(["bash", "-n", script], check=True)

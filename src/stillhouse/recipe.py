@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import Field, create_model
 from ruamel.yaml import YAML
@@ -118,15 +119,9 @@ def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, wh
                 f"{override}: a recipe belongs to its method; name the other method, or a recipe of it, instead."
             )
     cls = method_class(str(raw.get("method")))
-    whole: Any = create_model(  # type: ignore[call-overload]
-        f"{cls.__name__}Recipe",
-        __base__=cls,
-        method=(str, cls.name),
-        seed=(int, Field(0, ge=0)),
-        run=(Settings, Settings()),
-    )
+    whole = _whole(cls)
     for override in overrides:
-        _override(cast("type[Spec]", whole), raw, override)
+        _override(whole, raw, override)
     try:
         validated = read(whole, raw)
     except UserError as error:
@@ -136,6 +131,19 @@ def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, wh
         raise UserError(str(error) if key in overridden or not where else f"{where}: {error}") from None
     fields = {name: getattr(validated, name) for name in cls.model_fields}
     return Recipe(method=cls.model_construct(**fields), seed=validated.seed, settings=validated.run, source=where)
+
+
+@functools.lru_cache(maxsize=64)
+def _whole(cls: type[Method]) -> type[Spec]:
+    """All that a recipe of a method may say."""
+    whole: type[Spec] = create_model(  # type: ignore[call-overload]
+        f"{cls.__name__}Recipe",
+        __base__=cls,
+        method=(str, cls.name),
+        seed=(int, Field(0, ge=0)),
+        run=(Settings, Settings()),
+    )
+    return whole
 
 
 def field_at(recipe: Recipe, path: str) -> Any:

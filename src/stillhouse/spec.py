@@ -203,7 +203,10 @@ def _place(
     here: Any = model
     owner: type[BaseModel] | None = None
     for number, part in enumerate(location):
-        spec = model if here is model else spec_in(here)
+        spec: type[BaseModel] | None = model if here is model else spec_in(here)
+        if spec is not None and issubclass(spec, Tagged):
+            # Of a family, the member that has such a field was tried.
+            spec = next((member for member in (spec, *spec.members.values()) if part in member.model_fields), spec)
         if isinstance(part, int):
             path.append(str(part))
             here = _items(here)

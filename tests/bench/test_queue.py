@@ -84,6 +84,9 @@ def test_what_a_worker_gives_back_waits_again(worker):
         taken.trial().suggest_float("x", 0, 1)
         drawn = taken.trial().params
         raise RuntimeError
+    assert [trial.state.name for trial in other._trials()["a-0"]] == ["FAIL", "WAITING"], (
+        "whoever looks, and from wherever"
+    )
     again = other.take()
     assert again.run == "a-0"
     assert {"x": again.trial().suggest_float("x", 0, 1)} == drawn, "what was drawn stays"

@@ -106,7 +106,9 @@ def test_images_without_labels_however_they_lie(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "deep" / "top.png")
     deep = load_data({"kind": "folder", "path": str(tmp_path / "deep"), "labels": False, "validation": 0, "test": 0})
     assert len(deep.split("train")) == 11
-    assert load_data(f"folder:{tmp_path / 'deep'}").facts.class_names == ("one",), "sub-directories are classes by default"
+    assert load_data(f"folder:{tmp_path / 'deep'}").facts.class_names == ("one",), (
+        "sub-directories are classes by default"
+    )
     with pytest.raises(UserError, match="it needs one per class, or images without labels"):
         load_data({"kind": "folder", "path": str(tmp_path / "flat" / "a"), "labels": True})
 

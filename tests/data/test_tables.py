@@ -167,3 +167,17 @@ def test_classes_in_floats_are_those_in_whole_numbers_and_in_their_order(tmp_pat
     path = tmp_path / "classes.csv"
     path.write_text("a,label\n" + "".join(f"{row},{(2.0, 10.0, '2', '10')[row % 4]}\n" for row in range(80)))
     assert load_data(f"csv:{path}").facts.class_names == ("2", "10")
+
+
+@pytest.mark.parametrize(
+    ("delimiter", "sentence"),
+    [
+        ("", "delimiter: expected at least 1 characters, not ''"),
+        (";;", "delimiter: expected at most 1 characters, not ';;'"),
+    ],
+)
+def test_a_delimiter_is_one_character(tmp_path, delimiter, sentence):
+    path = tmp_path / "a.csv"
+    path.write_text("a,label\n1,x\n")
+    with pytest.raises(UserError, match=sentence):
+        load_data({"kind": "csv", "path": str(path), "delimiter": delimiter})

@@ -187,7 +187,8 @@ def test_a_cost_that_moves_with_progress_is_met_at_all_its_values():
 
 
 def only(*yields):
-    yield from yields
+    for item in yields:  # noqa: UP028 (a tuple takes no replies)
+        yield item
     return Result()
 
 

@@ -121,22 +121,22 @@ def test_the_student_of_a_run_is_exported_alone_and_the_printed_lines_load_it(fi
 
 
 @pytest.mark.parametrize(
-    "spec",
+    ("format", "spec"),
     [
-        "resnet:8",
-        "wrn:10-1",
-        {"kind": "vit", "dim": 16, "depth": 1, "heads": 2, "patch": 4},
-        {"kind": "convnet", "width": 8, "depth": 2},
-        {"kind": "cnn", "channels": [4, 8]},
-        {"kind": "mlp", "widths": [8]},
-        {"kind": "autoencoder", "widths": [4, 8], "dense_widths": [16]},
-        {"kind": "autoencoder", "widths": [4, 8], "dense_widths": [16], "latent": "gaussian", "decoder": "plain"},
-        {"kind": "autoencoder", "widths": [4, 8], "dense_widths": [16], "latent": "vector", "vector_size": 4},
+        ("onnx", "resnet:8"),
+        ("torch-export", "wrn:10-1"),
+        ("onnx", {"kind": "vit", "dim": 16, "depth": 1, "heads": 2, "patch": 4}),
+        ("torch-export", {"kind": "convnet", "width": 8, "depth": 2}),
+        ("onnx", {"kind": "cnn", "channels": [4, 8]}),
+        ("torch-export", {"kind": "mlp", "widths": [8]}),
+        ("onnx", {"kind": "autoencoder", "widths": [4], "dense_widths": [16]}),
+        ("torch-export", {"kind": "autoencoder", "widths": [4], "latent": "gaussian", "decoder": "plain"}),
+        ("onnx", {"kind": "autoencoder", "widths": [4], "dense_widths": [16], "latent": "vector", "vector_size": 4}),
     ],
-    ids=lambda spec: spec if isinstance(spec, str) else "-".join(str(spec.get(k, "")) for k in ("kind", "latent")),
+    ids=str,
 )
-def test_the_networks_that_come_along_are_exported_for_any_batch(tmp_path, spec):
-    done = export(saved(tmp_path, spec, IMAGES), "onnx")
+def test_the_networks_that_come_along_are_exported_for_any_batch(tmp_path, format, spec):
+    done = export(saved(tmp_path, spec, IMAGES), format)
     assert done.inputs == {"pixel_values": ["batch", 3, 16, 16]}
     assert done.largest_difference <= done.tolerance
     assert not done.real

@@ -123,5 +123,7 @@ def test_parameters_belong_to_the_stage_in_which_they_run():
     assert sorted([*groups[0], *groups[1], *groups[2], *rest]) == sorted(name for name, _ in model.named_parameters())
     groups, rest = parameters_by_stage(build({"kind": "vit", "patch": 8, "dim": 12, "depth": 2, "heads": 2}), IMAGES)
     assert len(groups) == 2
-    assert any("." not in name for name in groups[0]), "what belongs to no layer, such as positions, counts to the first"
+    assert any("." not in name for name in groups[0]), (
+        "what belongs to no layer, such as positions, counts to the first"
+    )
     assert "classifier.weight" in rest

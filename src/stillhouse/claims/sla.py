@@ -25,8 +25,8 @@ claim = Claim(
     statement=(
         "With 10 labelled digits a class and rotations, joint labels aggregated over views are at least 5 points above "
         "the same rotations as augmentation and in one view at least 4, aggregation adds at least 1 point, and the head "
-        "distilled from all views is not below the joint head in one view; with 100 labelled Fashion-MNIST images (14 x 14) a class "
-        "aggregation is at least 1 point above plain training and the distilled head at least 0.5."
+        "distilled from all views is not below the joint head in one view; with 100 labelled Fashion-MNIST images (14 x 14) a "
+        "class aggregation is at least 1 point above plain training and the distilled head at least 0.5."
     ),
     base={
         "method": "sla",

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from stillhouse.data.dataset import Carving, Data
@@ -231,16 +232,19 @@ class CSVData(TableSpec):
     kind: ClassVar[str] = "csv"
     suffixes: ClassVar[tuple[str, ...]] = (".csv", ".csv.gz")
 
-    delimiter: str = ","
+    delimiter: str = Field(",", min_length=1, max_length=1)
     """Character between values."""
 
     def read_columns(self, path: Path) -> Columns:
-        rows = csv.reader(io.StringIO(_text_of(path), newline=""), delimiter=self.delimiter)
-        header = next(rows, None)
+        try:
+            rows = list(csv.reader(io.StringIO(_text_of(path), newline=""), delimiter=self.delimiter))
+        except (csv.Error, ValueError, TypeError) as error:
+            raise UserError(f"{path} cannot be read as values between {self.delimiter!r}: {error}.") from None
+        header = rows[0] if rows else None
         if header is None:
             raise UserError(f"{path} is empty.")
         names = [name.strip() for name in header]
-        body = [row for row in rows if row]
+        body = [row for row in rows[1:] if row]
         for number, row in enumerate(body, 1):
             if len(row) != len(names):
                 raise UserError(f"{path}: row {number} has {len(row)} values for {len(names)} columns.")

@@ -530,7 +530,8 @@ class Turn:
 
     def _project(self, projection: Projection, terms: Sequence[tuple[str, Tensor]]) -> None:
         scale = (lambda loss: loss) if self.scaler is None else self.scaler.scale
-        patterns = projection.scope or tuple(self.update.trains)
+        # The scope's patterns are one, so that "!..." takes away from those before it.
+        patterns = (projection.scope,) if projection.scope else tuple(self.update.trains)
         scope = {id(p) for pattern in patterns for _, p in resolve(pattern, self.stage.modules)}
         weighted = {name: scale(value) for name, value in terms}
         project(projection, scope, weighted, self.parameters, self.fit.run.world.average_gradients)

@@ -358,7 +358,8 @@ class KnowledgeDistillation(TrainingFields):
         return stage, wiring
 
     def _measured(self, wiring: Wiring, run: Run) -> dict[str, float]:
-        with measuring(wiring.student, *wiring.modules().values()):
+        # The teachers too, which no stage holds in eval mode any more.
+        with measuring(wiring.student, *wiring.teachers.values(), *wiring.modules().values()):
             return {
                 name: value
                 for place, objective in enumerate(self.objectives)
