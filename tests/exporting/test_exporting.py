@@ -59,6 +59,17 @@ class Distances(Fixed):
         return torch.cdist(pixel_values.flatten(1)[:, :5], self.weight, compute_mode="donot_use_mm_for_euclid_dist")
 
 
+class OfALength(nn.Module):
+    """Takes texts of 12 tokens and no others."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, 4), nn.Linear(48, 3)
+
+    def forward(self, input_ids):
+        return self.head(self.embedding(input_ids).flatten(1))
+
+
 class Random(nn.Module):
     """Draws anew at every call."""
 
@@ -156,6 +167,16 @@ def test_models_of_tokens_take_texts_of_any_length_and_padding(tmp_path, kind):
     with torch.no_grad():
         expected = models.load(place)(input_ids=ids, attention_mask=mask).logits.numpy()
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch-export"])
+def test_a_text_of_one_length_only(tmp_path, format):
+    result = sh.Result(artefacts={"net": OfALength()})
+    ids = {"input_ids": torch.randint(50, (5, 12))}
+    done = export(result, format, out=tmp_path, samples=ids)
+    assert done.inputs == {"input_ids": ["batch", 12]}
+    with pytest.raises(UserError, match="net cannot be called on its samples: mat1 and mat2 shapes"):
+        export(result, format, out=tmp_path, samples={"input_ids": ids["input_ids"][:, :5]})
 
 
 def test_an_encoder_decoder_takes_what_its_decoder_reads(tmp_path):

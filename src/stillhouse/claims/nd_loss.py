@@ -46,4 +46,12 @@ claim = Claim(
     ],
     metrics=["test/accuracy", "test/embedding_cosine", "test/embedding_norm", "test/embedding_norm_ratio"],
     seeds=(0, 1, 2, 3, 4),
+    remark=(
+        "The embedding moves as the paper says, in every seed: cosines to the class means rise from 0.76 to 0.94 with a student "
+        "as wide as the teacher, and embeddings grow by half. Accuracy does not follow at this size: KD++ is 0.4 points below "
+        "KD (in single seeds 0.0 to 0.9), so the margin fails within noise; with the wide student the two tie. Labels alone "
+        "reach 80.4 %, KD 83.9 %, KD++ 83.5 %. The ND term without KD is 0.5 points below labels alone, direction alone does "
+        "about as well as both halves, and the norm alone, pushed by a constant step, costs 3.7 points. Cosines of arms without the term and "
+        "with a projector are those of an untrained projector and say nothing."
+    ),
 )

@@ -20,6 +20,9 @@ Named = dict[str, Tensor]
 BATCH_SIZES = (1, 3, 8)
 """Batches that are compared; a trace takes the middle one, as a batch of one may be taken for a constant."""
 
+# A module's own code runs, and stops on whatever its author did not think of.
+UNTRACEABLE = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError)
+
 
 class Entry(nn.Module):
     """A module with a signature: its inputs by name, a tuple of tensors as its output.
@@ -72,8 +75,7 @@ class Called:
 
     def shortened(self) -> Named:
         """A batch whose texts are cut to half their length."""
-        batch = self.batches()[1]
-        return {n: v[:, : max(2, v.shape[1] // 2)] if n in self.growing else v for n, v in batch.items()}
+        return _halved(self.batches()[1], self.growing)
 
     def on(self, module: nn.Module, batch: Named) -> tuple[Tensor, ...]:
         """The outputs of a module in place of the artefact's own."""
@@ -113,18 +115,36 @@ def called(artefact: Artefact, samples: Samples) -> Called:
     without_cache(artefact.module)
     entry = Entry(artefact.module, call, tuple(inputs)).eval()
     with torch.no_grad():
-        outputs = call(artefact.module, inputs)
+        try:
+            outputs = call(artefact.module, inputs)
+        except UNTRACEABLE as error:
+            raise UserError(f"{artefact.name} cannot be called on its samples: {reason_of(error)}.") from error
     if len(next(iter(outputs.values()))) != count:
         raise UserError(
             f"{artefact.name} returned {len(next(iter(outputs.values())))} rows for {count} samples, so it has no batch "
             "dimension to export."
         )
-    growing = tuple(name for name, value in inputs.items() if name in WHOLE and value.ndim == 2)
+    growing = _growing(call, artefact.module, inputs)
     if list(outputs) == ["output"] and _classifies(artefact, samples):
         outputs = {"logits": outputs["output"]}
     # In a graph every name is one value's: diffusers, too, calls what comes out of 'sample' so.
     names = tuple(f"out_{name}" if name in inputs else name for name in outputs)
     return Called(entry, {name: value.contiguous() for name, value in inputs.items()}, names, growing, call)
+
+
+def _growing(call: Callable[[nn.Module, Named], Named], module: nn.Module, inputs: Named) -> tuple[str, ...]:
+    """The inputs whose second dimension is a length that may vary: texts, where the module takes shorter ones."""
+    texts = tuple(name for name, value in inputs.items() if name in WHOLE and value.ndim == 2)
+    try:
+        with torch.no_grad():
+            call(module, _halved(inputs, texts))
+    except UNTRACEABLE:
+        return ()
+    return texts
+
+
+def _halved(batch: Named, texts: tuple[str, ...]) -> Named:
+    return {n: v[:, : max(2, v.shape[1] // 2)] if n in texts else v for n, v in batch.items()}
 
 
 def _returned(module: nn.Module, inputs: Named) -> Named:
@@ -238,3 +258,13 @@ def without_cache(module: nn.Module) -> None:
     config: Any = getattr(module, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False
+
+
+def reason_of(error: BaseException) -> str:
+    """The first sentence that says something, of the error that all began with."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    advice = ("[", "#", "-")
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = next((line for line in lines if line and not line.startswith(advice)), type(error).__name__)
+    return telling.rstrip(".:;")[:240]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stillhouse.errors import UserError
 from stillhouse.exporting.artefacts import Artefact, copied, quiet
-from stillhouse.exporting.entries import Called, Named, without_cache
+from stillhouse.exporting.entries import UNTRACEABLE, Called, Named, reason_of, without_cache
 from stillhouse.metrics import model_bytes
 from stillhouse.models import load, load_weights, origin, save
 
@@ -26,9 +26,6 @@ Caller = Callable[[Named], tuple[Tensor, ...]]
 
 PROTOBUF_LIMIT = 2**31 - 2**27
 """Bytes of weights from which they lie beside an ONNX file: the file itself can hold no more."""
-
-# A module's own code runs while it is traced, and stops on whatever its author did not think of.
-UNTRACEABLE = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError)
 
 
 class Format(ABC):
@@ -170,7 +167,7 @@ class ONNX(Format):
                     output_names=list(called.outputs),
                 )
             except UNTRACEABLE as error:
-                raise UserError(f"{artefact.name} cannot be written as ONNX: {_reason(error)}.") from error
+                raise UserError(f"{artefact.name} cannot be written as ONNX: {reason_of(error)}.") from error
             assert exported is not None
             exported.save(place, external_data=model_bytes(artefact.module) > PROTOBUF_LIMIT)
         model = onnx.load(place, load_external_data=False)
@@ -230,19 +227,9 @@ def traced(artefact: Artefact, called: Called) -> torch.export.ExportedProgram:
                 problem = error
     assert problem is not None
     raise UserError(
-        f"{artefact.name} cannot be traced by torch.export: {_reason(problem)}; what depends on values or on a fixed batch size "
+        f"{artefact.name} cannot be traced by torch.export: {reason_of(problem)}; what depends on values or a fixed batch size "
         "must be written with tensor operations, or take --format safetensors."
     ) from problem
-
-
-def _reason(error: BaseException) -> str:
-    """The first sentence that says something, of the error that all began with."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    advice = ("[", "#", "-")
-    lines = [line.strip() for line in str(error).splitlines()]
-    telling = next((line for line in lines if line and not line.startswith(advice)), type(error).__name__)
-    return telling.rstrip(".:;")[:240]
 
 
 def _program_shapes(program: torch.export.ExportedProgram, called: Called) -> dict[str, Any]:

@@ -307,8 +307,9 @@ class SLA(TrainingFields):
         metrics = _named("test", found[self.inference])
         for how, numbers in found.items():
             metrics |= _named(f"test/{how}", numbers)
-        if self.joint:
-            metrics["test/gain_of_aggregation"] = found["aggregated"]["accuracy"] - found["single"]["accuracy"]
+        # Without a joint head there is nothing to aggregate.
+        whole = found.get("aggregated", found["single"])
+        metrics["test/gain_of_aggregation"] = whole["accuracy"] - found["single"]["accuracy"]
         return metrics
 
     def alone(self) -> Supervised:
