@@ -84,6 +84,8 @@ claim = Claim(
         "dirty-top": DIRTY,
         "dirty-random": {**DIRTY, "select": "random"},
         "dirty-top-3x": {**DIRTY, "num_steps": 1800},
+        "dirty-top-running": {**DIRTY, "teacher_bn": "running"},
+        "dirty-random-running": {**DIRTY, "teacher_bn": "running", "select": "random"},
     },
     margins=[
         Margin("jeffreys", "labels", "test/accuracy", by=0.01),

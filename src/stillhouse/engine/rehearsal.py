@@ -47,7 +47,7 @@ LARGEST = 2**30
 SECONDS = 2.0
 """For so long the steps of a stage are timed (but three of each kind, and at most :data:`STEPS`)."""
 
-STEPS = 25
+STEPS = 100
 """Timed steps of each kind."""
 
 SLOW = 5.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -16,6 +18,7 @@ from stillhouse.data import Batch, Split
 from stillhouse.engine import (
     Compute,
     Held,
+    Line,
     Losses,
     Modules,
     Optimizer,
@@ -270,16 +273,21 @@ class KnowledgeDistillation(TrainingFields):
         before = {name: fingerprint(teacher) for name, teacher in teachers.items()}
         asked, notes = yield from self.asked(run, teachers)
         stage, wiring = yield from self.student_stage(run, "student", student, asked)
+        models = {**teachers, "student": student}
+        alone: Result | None = None
+        if self.compare_alone:
+            # Before the student, which can then be held against the line of the same network without a teacher.
+            alone = yield SubRun("student-alone", self.alone(begun), seed=run.seed, data=run.data)
+            models["student-alone"] = alone.model
+        if stage.evaluate is not None:
+            lines = yield from self.lines(run, teachers, alone, stage.evaluate.monitor)
+            stage.evaluate = replace(stage.evaluate, lines=lines)
         trained = yield stage
         probes: dict[str, float] = {}
         if any(type(objective).measure is not KnowledgeDistillation.measure for objective in self.objectives):
             probes = yield Compute("probes", lambda _: self._measured(wiring, run))
         wiring.close()
 
-        models = {**teachers, "student": student}
-        if self.compare_alone:
-            alone = yield SubRun("student-alone", self.alone(begun), seed=run.seed, data=run.data)
-            models["student-alone"] = alone.model
         measured = yield Compute("comparison", lambda _: compare(models, list(teachers), run))
         told = [f"{name} has fingerprint {print_}" for name, print_ in before.items()]
         told += [note for objective in self.objectives for note in objective.notes(run)]
@@ -292,6 +300,25 @@ class KnowledgeDistillation(TrainingFields):
         for objective in self.objectives:
             result = yield from objective.finished(result, run)
         return result
+
+    def lines(
+        self, run: Run, teachers: dict[str, nn.Module], alone: Result | None, monitor: str
+    ) -> Generator[Compute, Any, dict[str, Line]]:
+        """What the student's measurements are held against: each teacher's, and the same student's without a teacher."""
+        number = monitor.removeprefix("validation/")
+
+        def measured(_: Path) -> dict[str, float]:
+            split = run.data.split("validation")
+            return {
+                name: quality(teacher.to(run.world.device), split, run)[number] for name, teacher in teachers.items()
+            }
+
+        values = yield Compute("teacher-lines", measured)
+        worse = "the {} is worse than the student on this data"
+        lines = {name: Line(value, "worse", worse.format(name)) for name, value in values.items()}
+        if alone is not None and (curve := alone.curve(monitor)):
+            lines["student-alone"] = Line(curve, "better", "the student is below its no-teacher line")
+        return lines
 
     def check_data(self, run: Run) -> None:
         """Refuse data without the class labels that an objective reads."""
