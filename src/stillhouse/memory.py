@@ -78,6 +78,8 @@ def limited(what: str, *, on_meta: bool) -> Iterator[None]:
     except (MemoryError, OverflowError):
         raise UserError(f"{what} has sizes that no memory holds; make it smaller.") from None
     except RuntimeError as error:
+        if "negative dimension" in str(error):
+            raise UserError(f"{what} has a size below 0; sizes are whole numbers from 1 on.") from None
         if not out_of_memory(error):
             raise
         raise UserError(f"{what} would take more memory than there is; make it smaller.") from None

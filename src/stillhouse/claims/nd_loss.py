@@ -51,7 +51,7 @@ claim = Claim(
         "as wide as the teacher, and embeddings grow by half. Accuracy does not follow at this size: KD++ is 0.4 points below "
         "KD (in single seeds 0.0 to 0.9), so the margin fails within noise; with the wide student the two tie. Labels alone "
         "reach 80.4 %, KD 83.9 %, KD++ 83.5 %. The ND term without KD is 0.5 points below labels alone, direction alone does "
-        "about as well as both halves, and the norm alone, pushed by a constant step, costs 3.7 points. Cosines of arms without the term and "
-        "with a projector are those of an untrained projector and say nothing."
+        "about as well as both halves, and the norm alone, pushed by a constant step, costs 3.7 points. Cosines of "
+        "arms without the term and with a projector are those of an untrained projector and say nothing."
     ),
 )
