@@ -64,13 +64,17 @@ class Watch(Silent):
     """Looks at the clock when the counted steps begin and end, and ends the run."""
 
     def __init__(self, steps: int) -> None:
-        self.steps, self.started, self.seconds = steps, 0.0, 0.0
+        self.steps, self.started, self.seconds, self.watching = steps, 0.0, 0.0, False
+
+    def stage(self, name: str, steps: int, done: int) -> None:
+        """Watch the student's stage alone."""
+        self.watching = name == "student"
 
     def step(self, step: int) -> None:
         """Note the time at two steps."""
-        if step == WARM_UP:
+        if self.watching and step == WARM_UP:
             self.started = time.process_time()
-        elif step == WARM_UP + self.steps:
+        elif self.watching and step == WARM_UP + self.steps:
             self.seconds = time.process_time() - self.started
             raise Enough
 
@@ -118,6 +122,7 @@ def by_engine(name: str, nets: Mapping[str, nn.Module], data: Mapping[str, Any],
             "epochs": (WARM_UP + steps) / per_epoch,
             "batch_size": batch,
             "evaluations": 1,
+            "compare_alone": False,
             **FIELDS[name],
         }
     )

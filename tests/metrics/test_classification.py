@@ -200,3 +200,8 @@ def test_one_sentence_for_what_is_wrong(call, message):
     with pytest.raises(UserError) as caught:
         call()
     assert message in str(caught.value)
+
+
+def test_a_model_for_other_classes_is_named_as_such():
+    with pytest.raises(UserError, match="1 labels are of classes beyond the 7 of these predictions"):
+        classification(lambda batch: torch.zeros(2, 7), [{"labels": torch.tensor([0, 9])}])

@@ -177,6 +177,7 @@ class Told(Silent):
         clock: what time is read from.
         said: what methods said.
         missing: sentences on what is not here.
+        untrained: a stage was rehearsed, so a computation may find what it would not find on trained weights.
         hypothetical: blank data or a model without memory takes part, so that nothing can be computed.
         timings: of stages by their description: equal ones are timed once.
     """
@@ -185,6 +186,7 @@ class Told(Silent):
         self.clock = clock
         self.said: list[str] = []
         self.missing: list[str] = []
+        self.untrained = False
         self.hypothetical = False
         self.timings: dict[str, Timing] = {}
 
@@ -488,7 +490,9 @@ class Rehearsal(Run):
         try:
             step.seconds = self._timed_part(item, item.part, place) if item.part else self._timed_whole(item, place)
             return read_tree(place / "value", base=place)["value"]
-        except (RuntimeError, ValueError, ArithmeticError) as error:
+        except (UserError, RuntimeError, ValueError, ArithmeticError) as error:
+            if isinstance(error, UserError) and not self.told.untrained:
+                raise
             raise Unknown(
                 f"the computation {item.name!r} fails on what is not trained yet ({_first_line(error)})."
             ) from error
@@ -682,6 +686,7 @@ class Rehearsal(Run):
 
     def _untrained(self, stage: Stage, metrics: dict[str, float]) -> Trained:
         """What a stage gives back, with the weights that it began with."""
+        self.told.untrained = True
         modules = Modules({n: m.module if isinstance(m, Held) else m for n, m in stage.modules.items()})
         records: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
         for name, record in stage.records.items():

@@ -115,7 +115,12 @@ def classification(
             _check(logits, labels, empty=True)
             sums = _sums(logits, labels, bins)
             total = sums if total is None else total + sums
-    count, correct, top5, surprise, *gaps = total.tolist() if total is not None else [0.0] * 5
+    count, beyond, correct, top5, surprise, *gaps = total.tolist() if total is not None else [0.0] * 6
+    if beyond:
+        raise UserError(
+            f"{beyond:.0f} labels are of classes beyond the {num_classes} of these predictions: the model was made for other "
+            "classes."
+        )
     if not count:
         raise UserError("There is nothing to measure: no sample in these batches has a label.")
     measured = {
@@ -127,15 +132,17 @@ def classification(
 
 
 def _sums(logits: Tensor, labels: Tensor, bins: int) -> Tensor:
-    """Sums over the labelled samples: their count, correct ones, correct in five, -log p(label); then the gaps by bin.
+    """Sums over the labelled samples: their count, those of no class here, correct ones, correct in five, -log p(label);
+    then the gaps by bin.
 
     Unlabelled samples are masked and not cut out, whose number the device would have to be asked for.
     """
     labelled = labels >= 0
-    classes = labels.clamp(min=0)
+    classes = labels.clamp(0, logits.shape[-1] - 1)
     surprise = F.cross_entropy(_double(logits), classes, reduction="none")
     sums = [
         _double(labelled).sum(),
+        _double(labels >= logits.shape[-1]).sum(),
         _double((logits.argmax(-1) == classes) & labelled).sum(),
         _double(_in_top(logits, classes, 5) & labelled).sum(),
         torch.where(labelled, surprise, 0.0).sum(),

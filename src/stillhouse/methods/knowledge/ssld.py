@@ -453,7 +453,13 @@ class SSLD(KnowledgeDistillation):
             ]
         )
         classes = self.known_facts(run, teachers).num_classes or 1
-        found = yield Compute("mining", lambda _: self.mine(run, parts, scorer, classes), key=key)
+        found = yield Compute(
+            "mining",
+            lambda _: self.mine(run, parts, scorer, classes),
+            key=key,
+            part=lambda _, share: self.mine_some(run, parts, scorer, classes, share),
+        )
+        _refuse_lost(found)
         picked = found["picked"]
         sizes = [len(part) for part in parts]
         starts = torch.tensor([0, *sizes]).cumsum(0)
@@ -503,17 +509,8 @@ class SSLD(KnowledgeDistillation):
                     top.add(index[keep.cpu()], predicted[keep], score[keep])
             start += len(part)
         look.close()
-        if unreadable > UNREADABLE_SHARE * start:
-            raise UserError(
-                f"pool: {unreadable} of {start} images cannot be read, more than {UNREADABLE_SHARE:.0%}; repair or remove them."
-            )
         left = torch.cat(eligible)
         pairs = torch.cat(removed) if removed else torch.empty(0, 5, dtype=torch.long)
-        if not len(left):
-            raise UserError(
-                f"pool: none of {start} images is left: {len(pairs)} are near-duplicates of evaluation images, {unreadable} "
-                "cannot be read; give other images, or loosen 'duplicates'."
-            )
         picked, found = left, None
         if self.per_class is not None and self.select == "random":
             order = torch.randperm(len(left), generator=torch.Generator().manual_seed(run.seed))
@@ -532,6 +529,26 @@ class SSLD(KnowledgeDistillation):
             "cosines": torch.cat(cosines) if cosines else torch.empty(0),
             "unreadable": unreadable,
             "pool": start,
+        }
+
+    def mine_some(
+        self, run: Run, parts: list[Split], scorer: nn.Module | None, classes: int, share: float
+    ) -> dict[str, Any]:
+        """A share of the work of :meth:`mine`, for a forecast, and as many images as can be chosen.
+
+        Which ones an untrained network would choose, and take for duplicates, says nothing.
+        """
+        begun = [part.subset(torch.arange(max(1, round(share * len(part))))) for part in parts]
+        found = self.mine(run, begun, scorer, classes)
+        whole = sum(map(len, parts))
+        count = whole if self.per_class is None else min(whole, self.per_class * classes)
+        named = self.per_class is not None and self.select == "top"
+        return {
+            **found,
+            "picked": torch.arange(count) * whole // count,
+            "classes": torch.arange(count) % classes if named else found["classes"],
+            "scores": torch.zeros(count) if named else found["scores"],
+            "unreadable": 0,
         }
 
     def gallery(self, run: Run, look: Eye) -> Gallery | None:
@@ -563,6 +580,20 @@ class SSLD(KnowledgeDistillation):
             kept.append(matching_keypoints(pictures[row : row + 1], image) >= self.duplicates.keypoints)
         mask = torch.tensor(kept, dtype=torch.bool)
         return pairs[mask], cosines[mask]
+
+
+def _refuse_lost(found: Mapping[str, Any]) -> None:
+    """Refuse a pool that cannot be read, or of which nothing is left."""
+    unreadable, whole = found["unreadable"], found["pool"]
+    if unreadable > UNREADABLE_SHARE * whole:
+        raise UserError(
+            f"pool: {unreadable} of {whole} images cannot be read, more than {UNREADABLE_SHARE:.0%}; repair or remove them."
+        )
+    if not len(found["picked"]):
+        raise UserError(
+            f"pool: none of {whole} images is left: {len(found['removed'])} are near-duplicates of evaluation images, "
+            f"{unreadable} cannot be read; give other images, or loosen 'duplicates'."
+        )
 
 
 @dataclass(frozen=True)
