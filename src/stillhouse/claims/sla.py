@@ -49,5 +49,11 @@ claim = Claim(
         Margin("clothes-sd", "clothes-base", "test/accuracy", by=0.005),
     ],
     seeds=(0, 1, 2, 3, 4),
-    remark="",
+    remark=(
+        "Five margins hold; on clothes aggregation does not beat plain training (77.4 against 77.6 %, asked 1 point more), "
+        "clearly. There one view of the joint head is 1.2 points below plain training and aggregation adds only 1.1, where on "
+        "digits it adds 3.8. The distilled head is 0.8 points above plain training on clothes, within noise of the 0.5 asked. "
+        "All modes take 600 steps of 64 images, and the joint head has four times the classes to learn; whether more steps would "
+        "change the order was not tried. Rotations as augmentation cost 9 points on digits and 7 on clothes."
+    ),
 )
