@@ -580,6 +580,27 @@ def test_a_computation_that_fails_untrained_ends_the_forecast():
     assert "'fails' fails on what is not trained yet" in found.missing[0]
 
 
+@pytest.mark.parametrize("untrained", [False, True])
+def test_a_refusal_counts_only_where_it_is_not_the_untrained_weights(untrained):
+    def refuse(_):
+        raise UserError("pool: none of 9 images is left.")
+
+    def stages(self, run):
+        if untrained:
+            yield stage()
+        yield Compute("mining", refuse)
+        return Result()
+
+    if not untrained:
+        with pytest.raises(UserError, match="none of 9 images"):
+            rehearse(method(stages), settings=CPU, data=DATA)
+        return
+    found = rehearse(method(stages), settings=CPU, data=DATA)
+    assert found.missing == [
+        "the computation 'mining' fails on what is not trained yet (pool: none of 9 images is left)."
+    ]
+
+
 def test_offline_holds_within_and_not_after():
     before = {flag: os.environ.get(flag) for flag in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
     with offline():

@@ -1,7 +1,7 @@
 """SSLD's claim: without a label a student learns more than with few, more images help, true JS is no drop-in, mining cleans.
 
-Two parts: clean, where the pool has the target's own distribution (the card's check), and dirty, where two thirds of it are
-handwritten digits among clothes.
+Two parts: clean, where the pool has the target's own distribution, and dirty, where two thirds of it are handwritten digits
+among clothes.
 """
 
 from __future__ import annotations
@@ -96,11 +96,12 @@ claim = Claim(
     ],
     seeds=(0, 1, 2, 3, 4),
     remark=(
-        "Four margins hold; the one that asks for 15 points on the dirty pool is missed by 0.6, within noise (7 to 22 in the "
-        "interval; 8 to 24 in single seeds). Labels 80.2 %, Jeffreys 81.7, KD with labels 81.8, with random pool images 82.6. "
-        "The surest images of a clean pool train worse (80.0 %) than random ones: they are the easy ones. The card measured 28.7 "
-        "points on the dirty pool. Here the random arm is much better than there (59.2 %), and with a teacher whose batch norm "
-        "keeps its running statistics it falls to 49.9 %, so that the gap is 23.6 points: the batch statistics help most where "
-        "most images are foreign. Whether that is the whole difference from the card is not established."
+        "Four margins hold; the one that asks for 15 points on the dirty pool is missed by 0.6, within noise (7 to 22 in "
+        "the interval; 8 to 24 in single seeds). Labels 80.2 %, Jeffreys 81.7, KD with labels 81.8, with random pool "
+        "images 82.6. The surest images of a clean pool train worse (80.0 %) than random ones: they are the easy ones. "
+        "The margin comes from an earlier prototype, which measured 28.7 points. Here the random arm is much better than "
+        "there (59.2 %), and with a teacher whose batch norm keeps its running statistics it falls to 49.9 %, so that the"
+        " gap is 23.6 points: the batch statistics help most where most images are foreign. Whether that is the whole "
+        "difference between the two is not established."
     ),
 )
