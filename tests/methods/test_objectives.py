@@ -305,3 +305,13 @@ def test_the_counter_draws_evenly():
     assert ((counts - 30000 / 9).abs() < 5 * (30000 / 9) ** 0.5).all()
     joint = torch.bincount(9 * drawn[:, 0] + drawn[:, 1], minlength=81).double()
     assert ((joint - 30000 / 81).abs() < 6 * (30000 / 81) ** 0.5).all()
+
+
+def test_a_teacher_of_other_classes_teaches_features_and_stays_out_of_the_table():
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3))
+    student = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    layers = {"teacher_layers": ["2"], "student_layers": ["2"], "compare_alone": False, "epochs": 1, "cache": False}
+    result = sh.distil("fitnet", data="digits", teacher=teacher, student=student, **layers)
+    assert [row[0] for row in result.tables[0].rows] == ["student"]
+    assert "teacher has other outputs than the student, so it is not in the table" in result.notes
+    assert "test/student/accuracy" in result.metrics

@@ -184,7 +184,7 @@ def test_a_run_from_tensors_to_the_table(method, form, data, pair, tmp_path):
     assert result.metrics["test/student/perplexity"] > 1
     assert result.tables[0].columns[1:3] == ["test accuracy", "test perplexity"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["validation/perplexity"] > 1
+    assert [row for row in rows if "validation/perplexity" in row][-1]["validation/perplexity"] > 1
     if method == "sinkd":
         assert "over the labelled positions of each process" in " ".join(result.notes)
     if form == "pairs":
@@ -218,7 +218,7 @@ def test_cached_outputs_of_a_teacher_of_positions_train_the_same_student():
         ({"data": TEXTS, "teacher": Table(), "student": Table(), "gather": True}, "so sequences are not gathered"),
         (
             {"data": {"input_ids": IDS, "labels": IDS[:, :4]}, "teacher": Table(), "student": Table()},
-            "labels has the shape (16, 4), but student_logits has the rows (16, 6)",
+            "and labels of shape (8, 4) do not belong together; they are (batch, positions, vocabulary)",
         ),
     ],
     ids=["outputs", "no labels", "gather", "shapes"],

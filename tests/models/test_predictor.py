@@ -97,5 +97,5 @@ def test_what_cannot_teach_is_refused():
         Predictor(forest(Y + 5), FACTS)
     with pytest.raises(UserError, match="runs only with the object passed again"):
         sh.distil("kd", teacher=ModelSpec.parse(forest()).dump(), data=(X, Y))
-    with pytest.raises(UserError, match="matches no trainable parameter of 'student'"):
+    with pytest.raises(UserError, match="trains: 'model' has no parameters"):
         sh.distil("kd", teacher="mlp:4", student=forest(), data=(X, Y), epochs=1)

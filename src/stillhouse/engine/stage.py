@@ -387,6 +387,8 @@ def _matched(pattern: str, modules: Mapping[str, nn.Module | Held]) -> dict[str,
     }
     if not matched:
         paths = [path for path, _ in module.named_parameters()][:12]
+        if not paths:
+            raise UserError(f"trains: {name!r} has no parameters, so there is nothing to train in it.")
         raise UserError(
             f"trains: the pattern {pattern!r} matches no trainable parameter of {name!r}; {nearest(pattern, paths)}."
         )

@@ -273,14 +273,13 @@ class KnowledgeDistillation(TrainingFields):
         before = {name: fingerprint(teacher) for name, teacher in teachers.items()}
         asked, notes = yield from self.asked(run, teachers)
         stage, wiring = yield from self.student_stage(run, "student", student, asked)
-        models = {**teachers, "student": student}
         alone: Result | None = None
         if self.compare_alone:
             # Before the student, which can then be held against the line of the same network without a teacher.
             alone = yield SubRun("student-alone", self.alone(begun), seed=run.seed, data=run.data)
-            models["student-alone"] = alone.model
+        judged = {name: teacher for name, teacher in teachers.items() if _same_outputs(teacher, student, run)}
         if stage.evaluate is not None:
-            lines = yield from self.lines(run, teachers, alone, stage.evaluate.monitor)
+            lines = yield from self.lines(run, judged, alone, stage.evaluate.monitor)
             stage.evaluate = replace(stage.evaluate, lines=lines)
         trained = yield stage
         probes: dict[str, float] = {}
@@ -288,8 +287,14 @@ class KnowledgeDistillation(TrainingFields):
             probes = yield Compute("probes", lambda _: self._measured(wiring, run))
         wiring.close()
 
-        measured = yield Compute("comparison", lambda _: compare(models, list(teachers), run))
+        models = {**judged, "student": student} | ({} if alone is None else {"student-alone": alone.model})
+        measured = yield Compute("comparison", lambda _: compare(models, list(judged), run))
         told = [f"{name} has fingerprint {print_}" for name, print_ in before.items()]
+        told += [
+            f"{name} has other outputs than the student, so it is not in the table"
+            for name in teachers
+            if name not in judged
+        ]
         told += [note for objective in self.objectives for note in objective.notes(run)]
         result = Result(
             artefacts={"student": student},
@@ -441,7 +446,7 @@ def output_error(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
 
 
 def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict[str, Any]:
-    """Test quality, size and CPU latency of each model, and how well students agree with the first teacher."""
+    """Test quality, size and CPU latency of each model, and how well students agree with the first teacher, if any."""
     measured = "test" if "test" in run.data.splits else "validation"
     split = run.data.split(measured)
     main = "mse" if run.data.facts.task == "regression" else "accuracy"
@@ -453,7 +458,7 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
         numbers = {**quality(model, split, run), **by_shots(model, split, run)}
         metrics.update({f"{measured}/{name}/{k}": v for k, v in numbers.items()})
         metrics[f"parameters/{name}"] = float(count_parameters(model))
-        if name not in teachers and main == "accuracy":
+        if teachers and name not in teachers and main == "accuracy":
             metrics.update(
                 {f"test/{name}/{k}": v for k, v in _agreement(model, models[teachers[0]], split, run).items()}
             )
@@ -470,7 +475,11 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
         rows.append([name, *shown, count_parameters(model), round(1e3 * seconds, 4)])
     metrics[f"{measured}/{main}"] = metrics[f"{measured}/student/{main}"]
     notes = []
-    if main == "accuracy" and metrics[f"{measured}/{teachers[0]}/accuracy"] < metrics[f"{measured}/student/{main}"]:
+    if (
+        teachers
+        and main == "accuracy"
+        and metrics[f"{measured}/{teachers[0]}/accuracy"] < metrics[f"{measured}/student/{main}"]
+    ):
         notes.append("the teacher is worse than the student on this data: try a better teacher.")
     if "student-alone" in models and main == "accuracy":
         gain = metrics[f"{measured}/student/accuracy"] - metrics[f"{measured}/student-alone/accuracy"]
@@ -482,6 +491,13 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
         "CPU latency (ms, one sample)",
     ]
     return {"metrics": metrics, "columns": columns, "rows": rows, "notes": notes}
+
+
+def _same_outputs(teacher: nn.Module, student: nn.Module, run: Run) -> bool:
+    """Whether a teacher answers in the student's classes; one of which only features are read may know others."""
+    example = run.data.split("train").batch([0], device=run.world.device)
+    with measuring(teacher, student):
+        return logits(teacher, example).shape[-1] == logits(student, example).shape[-1]
 
 
 def _agreement(student: nn.Module, teacher: nn.Module, split: Any, run: Run) -> dict[str, float]:
