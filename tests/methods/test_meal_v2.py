@@ -222,7 +222,7 @@ def test_defaults_are_the_papers():
         ({"start": "pretraind"}, "did you mean 'pretrained'"),
         (
             {"teacher": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 7))},
-            "labels are of classes beyond the 7 of these predictions: the model was made for other classes",
+            "the teacher has 7 classes and the student 10; MEAL V2 needs the same ones in the same order",
         ),
     ],
 )
