@@ -28,4 +28,11 @@ claim = Claim(
     margins=[Margin("two-heads", "ce", "test/accuracy", by=0.01)],
     metrics=["test/accuracy"],
     seeds=(0, 1, 2, 3, 4),
+    remark=(
+        "The main head gains 1.4 points over labels alone (80.3 %) without ever seeing the teacher: the other head's loss makes "
+        "the backbone better. Two heads are not better than one here, which has 82.8 % against 81.8 %: a degeneration of the "
+        "single head, as the paper describes it, belongs to deeper students and longer training. Alignment of gradients changes "
+        "nothing beyond noise (81.7 % with linear heads, 80.9 to 81.0 % with a nonlinear one), a nonlinear second head helps "
+        "less than a linear one, and the normalisation of logits costs 0.4 points of the two heads' accuracy at this size."
+    ),
 )
