@@ -1,8 +1,8 @@
 """Every method that distils a classifier on the same teacher, student, data and budget: ``docs/benchmarks/knowledge.md``.
 
 The teacher is trained on all the images there are to train on, but for those that choose a model (at most 40,000); the student
-sees 2,000 of them. Optimiser, epochs and batches are the same for all; each method's own fields are those of its small recipe. It is ``stillhouse.compare`` and a page of its numbers: interrupted, the
-same command goes on.
+sees 2,000 of them. Optimiser, epochs and batches are the same for all; each method's own fields are those of its small recipe.
+It is ``stillhouse.compare`` and a page of its numbers: interrupted, the same command goes on.
 
 Usage: ``OMP_NUM_THREADS=1 python benchmarks/knowledge.py [--seeds 5] [--jobs 1] [--out DIR] [--data NAME]
 [KEY=VALUE ...]``, with ``STILLHOUSE_DATA``. The whole page goes to ``docs/benchmarks/knowledge.md``, a part of it into DIR.
@@ -201,6 +201,7 @@ def main() -> None:
     }
     whole = not given.overrides and set(found) == set(EPOCHS_OF_THE_TEACHER)
     target = PAGE if whole else given.out / "knowledge.md"
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page(found, f"OMP_NUM_THREADS=1 python benchmarks/knowledge.py --seeds {given.seeds}"))
     print(target)
 
