@@ -7,12 +7,14 @@ import re
 import runpy
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from stillhouse.cli import app
 from stillhouse.recipe import load_recipe
-from stillhouse.registry import entries
+from stillhouse.registry import entries, filled, own_entries
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -155,6 +157,37 @@ def test_a_reference_has_every_module_of_its_room(hooks):
     assert {f"stillhouse.{room}" for room in ("losses", "metrics", "modules", "models", "data", "engine")} <= set(rooms)
     assert "::: stillhouse.losses.transport\n" in hooks.modules("stillhouse.losses")
     assert "__init__" not in hooks.modules("stillhouse.losses")
+
+
+def test_the_readme_has_every_system_and_classic():
+    readme = (ROOT / "README.md").read_text()
+    for entry in own_entries():
+        row = f"| [`{entry['name']}`](docs/systems/{entry['name']}.md) | {entry['summary']} |"
+        assert row in readme, "README.md lacks a method's row; `python -m stillhouse.registry` writes it"
+    assert filled(readme, own_entries()) == readme, "README.md has stale rows: python -m stillhouse.registry"
+
+
+def test_the_readme_has_every_command_and_guide_page():
+    readme = (ROOT / "README.md").read_text()
+    shown = {line[0] for line in commands(ROOT / "README.md")}
+    missing = {command.name or command.callback.__name__ for command in app.registered_commands} - shown
+    assert not missing, f"README.md shows no line `$ stillhouse ...` for {missing}"
+    for page in sorted((DOCS / "guide").glob("*.md")):
+        assert f"](docs/guide/{page.name}) |" in readme, f"the table of the guide in README.md lacks {page.name}"
+
+
+def test_every_guide_page_is_in_the_navigation_and_on_the_first_page():
+    navigation, first = (ROOT / "mkdocs.yml").read_text(), (DOCS / "index.md").read_text()
+    for page in sorted((DOCS / "guide").glob("*.md")):
+        assert f"](guide/{page.name})" in first, f"docs/index.md links nowhere to guide/{page.name}"
+        assert f"- guide/{page.name}\n" in navigation, f"mkdocs.yml lacks guide/{page.name}"
+
+
+def test_the_first_page_names_every_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    first = (DOCS / "index.md").read_text()
+    for extra in extras.keys() - {"test", "docs", "bench"}:
+        assert f"`{extra}`" in first or f"[{extra}]" in first, f"docs/index.md does not name the extra {extra}"
 
 
 def commands(page):

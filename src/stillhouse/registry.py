@@ -1,12 +1,13 @@
 """Names of methods to their classes. Reading names and titles imports no method: a generated index tells them.
 
-The index ``index.json`` is written by ``python -m stillhouse.registry`` and kept fresh by a test. Methods of other
-packages are found through the entry point group ``stillhouse.methods``.
+The index ``index.json`` is written by ``python -m stillhouse.registry``, with the tables of the README, and kept fresh by a
+test. Methods of other packages are found through the entry point group ``stillhouse.methods``.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from stillhouse.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from importlib.metadata import EntryPoint
 
     from stillhouse.engine import Method
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 GROUP = "stillhouse.methods"
 INDEX = Path(__file__).parent / "index.json"
 RECIPES = Path(__file__).parent / "recipes"
+README = Path(__file__).parents[2] / "README.md"
 
 
 class Entry(TypedDict):
@@ -40,8 +43,13 @@ class Entry(TypedDict):
 
 def entries() -> list[Entry]:
     """Every method: those of stillhouse in the index's order, then installed plug-ins."""
+    return own_entries() + [_plugin_entry(point) for point in _plugins()]
+
+
+def own_entries() -> list[Entry]:
+    """The methods of stillhouse itself."""
     own: list[Entry] = json.loads(INDEX.read_text())
-    return own + [_plugin_entry(point) for point in _plugins()]
+    return own
 
 
 def method_class(name: str) -> type[Method]:
@@ -139,5 +147,26 @@ def _entry(cls: Any) -> Entry:
     )
 
 
+def readme_rows(found: Sequence[Entry], *, classic: bool) -> str:
+    """The README's table of the systems, or of the classics."""
+    rows = ["| name | what it gives | paper |", "|---|---|---|"]
+    for entry in found:
+        if entry["classic"] == classic:
+            paper = f"arXiv {entry['arxiv']}" if entry["arxiv"] else str(entry["year"] or "")
+            rows.append(f"| [`{entry['name']}`](docs/systems/{entry['name']}.md) | {entry['summary']} | {paper} |")
+    return "\n".join(rows)
+
+
+def filled(readme: str, found: Sequence[Entry]) -> str:
+    """A README with the tables between its markers ``<!-- systems -->`` ... ``<!-- end -->`` as the index has them."""
+    for marker, classic in (("systems", False), ("classics", True)):
+        table = f"<!-- {marker} -->\n\n{readme_rows(found, classic=classic)}\n\n<!-- end -->"
+        readme = re.sub(rf"<!-- {marker} -->.*?<!-- end -->", lambda _, table=table: table, readme, flags=re.DOTALL)  # type: ignore[misc]
+    return readme
+
+
 if __name__ == "__main__":
     INDEX.write_text(json.dumps(read_methods(), indent=1) + "\n")
+    # An installed package has none.
+    if README.exists():
+        README.write_text(filled(README.read_text(), own_entries()))
