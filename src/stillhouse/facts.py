@@ -18,7 +18,9 @@ class Facts:
         task: what the labels mean.
         class_names: the classes in label order, where the data names them.
         factors: number of values of each known ground-truth factor, by name (sets made from known sources).
-        vocabulary_size: token ids are smaller than this; ``None`` where there are none or it is not known.
+        vocabulary_size: ids of tokens, or of the labels of a graph's nodes, are smaller than this; ``None`` where there are
+            none or it is not known.
+        edge_vocabulary_size: ids of the labels of a graph's edges are smaller than this; ``None`` likewise.
     """
 
     inputs: dict[str, tuple[int, ...]]
@@ -27,6 +29,7 @@ class Facts:
     class_names: tuple[str, ...] = ()
     factors: dict[str, int] = field(default_factory=dict)
     vocabulary_size: int | None = None
+    edge_vocabulary_size: int | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:

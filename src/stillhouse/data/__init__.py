@@ -11,6 +11,7 @@ from stillhouse.data.batch import Batch
 from stillhouse.data.batches import Batches, Stream
 from stillhouse.data.classic import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST
 from stillhouse.data.dataset import Data, DataSpec, LongTail, Split, load_data, read_spec
+from stillhouse.data.graphs import Graph, GraphMotifs, TUDataset, padded
 from stillhouse.data.hub import HubData
 from stillhouse.data.images import FolderData
 from stillhouse.data.intents import CLINC150
@@ -40,6 +41,8 @@ __all__ = [
     "Facts",
     "FashionMNIST",
     "FolderData",
+    "Graph",
+    "GraphMotifs",
     "HubData",
     "ImportedData",
     "JSONLData",
@@ -57,8 +60,10 @@ __all__ = [
     "Split",
     "Sprites",
     "Stream",
+    "TUDataset",
     "fitted",
     "load_data",
+    "padded",
     "read_spec",
     "union",
 ]

@@ -423,6 +423,8 @@ class DataSpec(Tagged):
         scale: PixelScale | None = None,
         aside: frozenset[str] = frozenset(),
         tokenize: Tokenize | None = None,
+        vocabulary_size: int | None = None,
+        edge_vocabulary_size: int | None = None,
     ) -> Data:
         """Put a data set together from the splits' samples; cuts the training split to ``train_size``.
 
@@ -438,7 +440,8 @@ class DataSpec(Tagged):
             task=task,
             class_names=tuple(class_names),
             factors=dict(factors or {}),
-            vocabulary_size=None if tokenize is None else tokenize.vocabulary_size,
+            vocabulary_size=vocabulary_size if tokenize is None else tokenize.vocabulary_size,
+            edge_vocabulary_size=edge_vocabulary_size,
         )
         learned = () if tokenize is None else tokenize.sums
         splits = {name: Split(name, facts, source, scale=scale, aside=aside) for name, source in held.items()}

@@ -19,7 +19,7 @@ class LocalFiles(DataSpec):
     path: str | None = None
     """Directory with the files; by default the set's own in the directory that STILLHOUSE_DATA names."""
     verify: bool = True
-    """Refuse files whose content is not the known one."""
+    """Refuse files whose content is not the known one; a file of one's own, of which none is known, is taken as it is."""
 
     folders: ClassVar[tuple[str, ...]]
     """Names that the directory may have inside $STILLHOUSE_DATA."""
@@ -82,7 +82,8 @@ class Files:
                 content = gzip.decompress(content)
             except (OSError, EOFError, zlib.error):
                 raise UserError(f"{path} is damaged (it cannot be decompressed); get it again.") from None
-        if self.spec.verify and not any(_sum_of(content, known) == known for known in self.spec.sums[name]):
+        sums = self.spec.sums.get(name)
+        if self.spec.verify and sums and not any(_sum_of(content, known) == known for known in sums):
             raise UserError(
                 f"{path} is not the known file of {self.spec.kind!r} (its SHA-256 is"
                 f" {hashlib.sha256(content).hexdigest()[:16]}...); get it again, or set verify: false to use it as it is."
