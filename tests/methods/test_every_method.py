@@ -26,6 +26,7 @@ DISTILLED = ["epochs=1", "teacher.epochs=1", "student.channels=[4, 4]", "teacher
 LAYERED = ["epochs=1", "teacher.epochs=1", "student.channels=[4, 4, 4]", "teacher.model.channels=[8, 8, 8]"]
 TINY = {
     "autoencoder": CODED,
+    "barlow-twins": ["epochs=3", "model.channels=[4, 6]", "projector=[8, 8]"],
     "beta-tcvae": CODED,
     "qlae": CODED,
     "quantized-infogan": CODED,

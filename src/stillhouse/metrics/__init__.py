@@ -14,6 +14,7 @@ from stillhouse.metrics.differences import Difference, paired_difference
 from stillhouse.metrics.language import token_agreement, token_prediction
 from stillhouse.metrics.neighbours import distance_correlation, neighbour_overlap, retrieval_rank1
 from stillhouse.metrics.regression import regression
+from stillhouse.metrics.representation import effective_dimensions, linear_readout
 from stillhouse.metrics.robustness import fgsm_accuracy, noise_accuracy
 from stillhouse.metrics.shots import shot_accuracy
 from stillhouse.metrics.smoothness import smoothness, spread
@@ -24,9 +25,11 @@ __all__ = [
     "agreement",
     "classification",
     "distance_correlation",
+    "effective_dimensions",
     "expected_calibration_error",
     "fgsm_accuracy",
     "latency",
+    "linear_readout",
     "mean_total_variation",
     "model_bytes",
     "negative_log_likelihood",

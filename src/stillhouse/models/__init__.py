@@ -2,7 +2,7 @@
 
 from stillhouse.models.adapted import Adapted
 from stillhouse.models.batch_norm import BatchStatistics, batch_norms
-from stillhouse.models.calling import arguments, as_logits, forward, logits
+from stillhouse.models.calling import arguments, as_embedding, as_logits, embedding, forward, logits
 from stillhouse.models.coding import Autoencoder, AutoencoderSpec, Code
 from stillhouse.models.convnet import CNN, CNNSpec, ConvNet, ConvNetSpec
 from stillhouse.models.denoiser import DiffusersSpec, PointDenoiser, PointDenoiserSpec, UNetSpec, bottleneck
@@ -54,10 +54,12 @@ __all__ = [
     "WideResNet",
     "WideResNetSpec",
     "arguments",
+    "as_embedding",
     "as_logits",
     "batch_norms",
     "bottleneck",
     "count_parameters",
+    "embedding",
     "fingerprint",
     "forward",
     "freeze",

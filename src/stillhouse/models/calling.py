@@ -106,6 +106,34 @@ def logits(module: nn.Module, batch: Mapping[str, Any]) -> Float[Tensor, "batch 
     return output if isinstance(output, Tensor) else as_logits(output, of=type(module).__name__)
 
 
+def embedding(module: nn.Module, batch: Mapping[str, Any]) -> Float[Tensor, "batch features"]:
+    """Call ``module`` on ``batch`` and return one vector per sample, see :func:`as_embedding`."""
+    return as_embedding(forward(module, batch), of=type(module).__name__)
+
+
+def as_embedding(output: Any, *, of: str = "The model") -> Float[Tensor, "batch features"]:
+    """One vector per sample in what a model returned.
+
+    It is ``.pooler_output``, else the mean of ``.last_hidden_state`` over its positions, else what :func:`as_logits` finds;
+    flattened.
+
+    Args:
+        output: what the model returned.
+        of: name of the model, for the error.
+
+    Raises:
+        UserError: there is no such thing in it.
+    """
+    pooled = getattr(output, "pooler_output", None)
+    if isinstance(pooled, Tensor):
+        return pooled.flatten(1)
+    hidden = getattr(output, "last_hidden_state", None)
+    if isinstance(hidden, Tensor):
+        # Tokens (batch, positions, width), or maps (batch, width, height, width).
+        return hidden.mean(1) if hidden.dim() == 3 else hidden.flatten(2).mean(2)
+    return as_logits(output, of=of).flatten(1)
+
+
 def as_logits(output: Any, *, of: str = "The model") -> Float[Tensor, "batch *positions classes"]:
     """The logits in what a model returned: the tensor itself, ``.logits``, ``["logits"]`` or a tuple's first element.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -287,3 +288,25 @@ class AuxiliaryHead(nn.Module):
         """The auxiliary logits."""
         out: Tensor = self.layers(embedding)
         return out
+
+
+class ProjectionHead(nn.Sequential):
+    """Linear layers, each but the last with batch norm and ReLU, none with a bias (Barlow Twins, arXiv 2103.03230).
+
+    It lies between a representation and a self-supervised loss, and is thrown away after training.
+
+    Args:
+        width: width of the representation.
+        layers: widths of the layers' outputs, three of 8192 in the official code.
+
+    Raises:
+        UserError: no layer.
+    """
+
+    def __init__(self, width: int, layers: Sequence[int]) -> None:
+        if not layers:
+            raise UserError("A projection head has at least 1 layer.")
+        parts: list[nn.Module] = []
+        for before, after in pairwise((width, *layers)):
+            parts += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
+        super().__init__(*parts[:-2])
