@@ -6,6 +6,7 @@ from stillhouse.models.calling import arguments, as_embedding, as_logits, embedd
 from stillhouse.models.coding import Autoencoder, AutoencoderSpec, Code
 from stillhouse.models.convnet import CNN, CNNSpec, ConvNet, ConvNetSpec
 from stillhouse.models.denoiser import DiffusersSpec, PointDenoiser, PointDenoiserSpec, UNetSpec, bottleneck
+from stillhouse.models.graph import GNNSpec, GraphNetwork
 from stillhouse.models.hub import HubSpec
 from stillhouse.models.mlp import MLP, MLPSpec
 from stillhouse.models.positions import IGNORED, targets
@@ -33,6 +34,8 @@ __all__ = [
     "ConvNetSpec",
     "DiffusersSpec",
     "FileSpec",
+    "GNNSpec",
+    "GraphNetwork",
     "HubSpec",
     "ImageNetResNetSpec",
     "ImportSpec",
