@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.cli import app
-from stillhouse.recipe import load_recipe
+from stillhouse.recipe import build_recipe, load_recipe, parse
 from stillhouse.registry import entries, filled, own_entries
 
 ROOT = Path(__file__).parents[1]
@@ -221,3 +221,33 @@ def test_the_shell_scripts_of_a_page_are_shell(page, tmp_path):
             script = tmp_path / f"{number}.sh"
             script.write_text(code)
             subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_pages_followed_one_after_another_do_not_meet_in_a_directory():
+    """Each directory that a page's Python writes is its own, and none that a command takes by default."""
+    owner = {f"runs/{entry['name']}": "stillhouse run" for entry in entries()}
+    for page in WITH_PYTHON:
+        code = "\n".join(code for _, _, language, code in FENCE.findall(page.read_text()) if language == "python")
+        for directory in set(
+            re.findall(r"""out=["'](runs/[^"']+)|"out": "(runs/[^"]+)|Path\("(runs/[^"]+)"\)""", code)
+        ):
+            name = next(filter(None, directory))
+            assert owner.setdefault(name, name_of(page)) == name_of(page), (
+                f"{name_of(page)} and {owner[name]} share {name}"
+            )
+
+
+def recipes_of(page):
+    """The whole recipes that a page shows."""
+    blocks = [parse(code) for _, _, language, code in FENCE.findall(page.read_text()) if language == "yaml"]
+    return [block for block in blocks if isinstance(block, dict) and "method" in block]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if recipes_of(page)], ids=name_of)
+def test_the_recipes_that_a_page_shows_are_valid_and_say_how_to_train(page):
+    for values in recipes_of(page):
+        build_recipe(values, where=name_of(page))
+        if "student" in values and page.parent.name == "guide":
+            assert {"optimizer", "epochs"} <= values.keys(), (
+                f"{name_of(page)} leaves a paper's pace to a network of one's own"
+            )

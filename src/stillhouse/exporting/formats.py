@@ -200,7 +200,7 @@ class ONNX(Format):
         given = ", ".join(f'"{name}": {name}' for name in called.inputs)
         return (
             f"import onnxruntime\nsession = onnxruntime.InferenceSession({_text(place)})\n"
-            f"{_unpacked(called.outputs)} = session.run(None, {{{given}}})"
+            f"{_unpacked(called.outputs)} = session.run(None, {{{given}}})  # NumPy arrays; of a tensor: .numpy()"
         )
 
 
