@@ -144,6 +144,18 @@ def test_objectives_are_written_back_as_they_were_given(monkeypatch):
             {"also": [Hint()], "student_layers": ["blocks.0"], "teacher_layers": ["blocks.0", "blocks.1"]},
             "student_layers names 1 layers and teacher_layers 2",
         ),
+        ({"student_layers": ["blocks.0"]}, "student_layers: 'kd' reads no layers of the student; leave it out"),
+        (
+            {"teacher_layers": ["blocks.0"], "also": ["rkd"]},
+            "teacher_layers: 'kd' and 'rkd' read no layers of the teacher",
+        ),
+        ({"student_classifier": "classifier"}, "student_classifier: 'kd' reads no embedding of the student"),
+        ({"teacher_classifier": "classifier", "also": ["dhkd"]}, "'kd' and 'dhkd' read no embedding of the teacher"),
+        (
+            {"also": ["sp"], "student_layers": ["blocks.0", "blocks.1"]},
+            "student_layers: 'sp' reads one layer, so name one",
+        ),
+        ({"also": ["trg"], "teacher_layers": ["blocks.0", "blocks.1"]}, "teacher_layers: 'trg' reads one layer"),
     ],
 )
 def test_what_cannot_be_combined_is_refused_in_a_sentence(fields, sentence):

@@ -44,6 +44,8 @@ def test_what_has_no_grid_is_refused():
         feature_grid(torch.zeros(2, 15, 4))
     with pytest.raises(UserError, match="17 tokens, less 5 that stand"):
         feature_grid(torch.zeros(2, 17, 4), prefix=5)
+    with pytest.raises(UserError, match="are maps: no token stands before their patches"):
+        feature_grid(torch.zeros(2, 5, 4, 4), prefix=1)
     with pytest.raises(UserError, match="4x2 and 2x4 have no common one"):
         common_grid(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 2, 4))
     with pytest.raises(UserError, match="8x8 is finer than the features, 4x4"):

@@ -33,6 +33,7 @@ from stillhouse.engine import (
     Weight,
     frozen,
     measuring,
+    sgd,
 )
 from stillhouse.errors import UserError, nearest
 from stillhouse.losses.divergences import Divergence
@@ -50,6 +51,7 @@ from stillhouse.methods.supervised import (
 )
 from stillhouse.methods.teacher import TeacherSpec
 from stillhouse.methods.teacher_outputs import TeacherCache, stored_outputs
+from stillhouse.methods.temperature import Temperature, softened
 from stillhouse.methods.wiring import Pair, Wiring
 from stillhouse.metrics import agreement, latency, mean_total_variation, token_agreement
 from stillhouse.models import IGNORED, ModelSpec, count_parameters, fingerprint, logits
@@ -59,6 +61,10 @@ from stillhouse.spec import first_problem
 Reads = Literal["labels", "features", "before", "teacher before", "embedding", "student embedding"]
 """What an objective reads besides logits: class labels; the features at the end of each stage, of both networks; those before
 the activation, of both or of the teacher alone; the embedding (what the classifier reads) of both, or of the student alone."""
+
+
+CIFAR_SGD = sgd(0.05, momentum=0.9, weight_decay=5e-4, schedule="step", milestones=(150 / 240, 180 / 240, 210 / 240))
+"""The protocol of CIFAR-100 that the published comparisons share, for 240 epochs of batches of 64 (arXiv 1910.10699)."""
 
 
 def _objective(value: Any) -> KnowledgeDistillation:
@@ -108,11 +114,13 @@ class KnowledgeDistillation(TrainingFields):
     Class attributes:
         couples: whether the loss couples the samples of a batch.
         reads: what its terms read besides logits.
+        one_layer: whether of the layers that are read only the last pair counts.
         mixes: whether :meth:`mixed` makes other inputs of a batch's samples.
     """
 
     couples: ClassVar[bool] = False
     reads: ClassVar[frozenset[Reads]] = frozenset()
+    one_layer: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
 
     teacher: TeacherSpec | tuple[TeacherSpec, ...] = Field(
@@ -253,6 +261,7 @@ class KnowledgeDistillation(TrainingFields):
                 else f"cache_teacher: augment={self.augment.kind} makes new inputs each time; set cache_teacher.views to "
                 "store so many fixed views of each sample, augment=none, or cache_teacher=false"
             )
+        self._read_layers()
         count = len(self.teacher) if isinstance(self.teacher, tuple) else 1
         if self.ensemble != "losses" and count > 1 and deep:
             why = "have no mean" if self.ensemble == "probabilities" else "differ in shape from step to step"
@@ -263,6 +272,28 @@ class KnowledgeDistillation(TrainingFields):
             if min(self.teacher_weights) < 0 or sum(self.teacher_weights) == 0:
                 raise ValueError("teacher_weights: weights are 0 or more, and one of them is above 0")
         return self
+
+    def _read_layers(self) -> None:
+        """Refuse layers and classifiers that somebody names and no objective reads."""
+        reading = [o for o in self.objectives if set(o.reads) & {"features", "before", "teacher before"}]
+        reads = {what for objective in self.objectives for what in objective.reads}
+        asked = {
+            "student_layers": bool(reading),
+            "teacher_layers": bool(reading),
+            "student_classifier": bool(reads & {"embedding", "student embedding"}),
+            "teacher_classifier": "embedding" in reads,
+        }
+        unread = next((name for name, read in asked.items() if getattr(self, name) is not None and not read), None)
+        names = " and ".join(repr(objective.name) for objective in self.objectives)
+        if unread is not None:
+            side, _, what = unread.partition("_")
+            what = "layers" if what == "layers" else "embedding"
+            verb = "reads" if len(self.objectives) == 1 else "read"
+            raise ValueError(f"{unread}: {names} {verb} no {what} of the {side}; leave it out")
+        if reading and all(objective.one_layer for objective in reading):
+            for name in ("student_layers", "teacher_layers"):
+                if len(getattr(self, name) or ()) > 1:
+                    raise ValueError(f"{name}: {reading[0].name!r} reads one layer, so name one")
 
     def stages(self, run: Run) -> Stages:
         """Teachers, then the student, then what the table needs."""
@@ -408,7 +439,7 @@ def soft_loss(
     divergence: Divergence,
     student: Tensor,
     teacher: Tensor,
-    temperature: float,
+    temperature: Temperature,
     labels: Tensor | None,
     run: Run,
     *,
@@ -420,18 +451,19 @@ def soft_loss(
         divergence: what compares two predictions.
         student: logits of the student.
         teacher: logits of the teacher.
-        temperature: softmax temperature of both sides.
-        labels: what :func:`positions` gave.
+        temperature: softmax temperature of both sides: a number, a schedule, or each sample's own.
+        labels: what :func:`placed` gave, of sequences; None elsewhere.
         run: the run.
-        squared: whether to multiply by the squared temperature.
+        squared: whether to multiply by the squared temperature; each sample's own is never squared.
     """
+    student, teacher, number = softened(student, teacher, temperature, run)
     if labels is None:
-        return divergence(student, teacher, temperature, scale_by_temperature_squared=squared)
+        return divergence(student, teacher, number, scale_by_temperature_squared=squared)
     counted = labels != IGNORED
     rows = divergence(
         student,
         teacher,
-        temperature,
+        number,
         scale_by_temperature_squared=squared,
         mask=counted,
         reduction="none",

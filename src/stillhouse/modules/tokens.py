@@ -24,13 +24,17 @@ def feature_grid(
             the others fill a grid.
 
     Raises:
-        UserError: features of another kind, or tokens that fill no grid.
+        UserError: features of another kind, tokens that fill no grid, or a prefix of maps.
 
     >>> import torch
     >>> feature_grid(torch.rand(2, 17, 8), image=(32, 32)).shape  # a class token and 4 x 4 patches
     torch.Size([2, 8, 4, 4])
     """
     if features.dim() == 4:
+        if prefix:
+            raise UserError(
+                f"Features of shape {tuple(features.shape)} are maps: no token stands before their patches."
+            )
         return features
     if features.dim() != 3:
         raise UserError(

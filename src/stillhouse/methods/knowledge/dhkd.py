@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stillhouse.engine import Losses, Optimizer, Paper, Projection, Run, Weight
 from stillhouse.errors import UserError
 from stillhouse.losses.logit_matching import binary_kl, binary_kl_norm
-from stillhouse.methods.distillation import KnowledgeDistillation, Reads
+from stillhouse.methods.distillation import CIFAR_SGD, KnowledgeDistillation, Reads
 from stillhouse.methods.wiring import Pair, Wiring
 from stillhouse.metrics.probes import gradient_cosines, head_and_backbone
 from stillhouse.modules.projectors import AuxiliaryHead
@@ -53,14 +53,7 @@ class DHKD(KnowledgeDistillation):
         "all", description="over which parameters the two gradients are compared; 'all' is the released code's"
     )
     optimizer: Optimizer = Field(
-        Optimizer(
-            name="sgd",
-            lr=0.05,
-            momentum=0.9,
-            weight_decay=5e-4,
-            schedule="step",
-            milestones=(150 / 240, 180 / 240, 210 / 240),
-        ),
+        CIFAR_SGD,
         description="optimiser of the student and the auxiliary head",
     )
     epochs: float = Field(240, gt=0, description="passes over the training split")

@@ -11,6 +11,7 @@ from torch import Tensor
 from stillhouse.engine import Losses, Paper, Run, Weight
 from stillhouse.losses.logit_matching import dist
 from stillhouse.methods.distillation import KnowledgeDistillation
+from stillhouse.methods.temperature import Temperature, softened
 from stillhouse.methods.wiring import Pair
 
 
@@ -31,8 +32,9 @@ class DIST(KnowledgeDistillation):
     verified: ClassVar[Literal["official", "reference", "formula"]] = "official"
     couples: ClassVar[bool] = True
 
-    temperature: float = Field(
-        1.0, gt=0, description="softmax temperature of both sides (1 on ImageNet, 4 on CIFAR-100)"
+    temperature: Temperature = Field(
+        1.0,
+        description="softmax temperature of both sides (1 on ImageNet, 4 on CIFAR-100): a number, {start, end}, or std",
     )
     gather: bool = Field(False, description="correlate over the samples of all processes, not of each alone")
     weight_ce: Weight = Field(1.0, description="weight of the cross-entropy with the labels (alpha, 1)")
@@ -44,9 +46,9 @@ class DIST(KnowledgeDistillation):
 
         @cache
         def parts() -> tuple[Tensor, Tensor]:
-            student, teacher = pair.student.logits, pair.teacher.logits
+            student, teacher, number = softened(pair.student.logits, pair.teacher.logits, self.temperature, run)
             if self.gather:
                 student, teacher = run.gather(student), run.gather(teacher)
-            return dist(student, teacher, self.temperature)
+            return dist(student, teacher, number)
 
         return {"inter": lambda: parts()[0], "intra": lambda: parts()[1]}

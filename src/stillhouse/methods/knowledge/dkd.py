@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from stillhouse.engine import Losses, Paper, Ramp, Run, Weight
-from stillhouse.losses.logit_matching import dkd
+from stillhouse.losses.logit_matching import DKDParts, dkd
 from stillhouse.methods.distillation import KnowledgeDistillation, Reads
+from stillhouse.methods.temperature import Temperature, softened
 from stillhouse.methods.wiring import Pair
 
 
@@ -28,7 +29,9 @@ class DKD(KnowledgeDistillation):
     verified: ClassVar[Literal["official", "reference", "formula"]] = "official"
     reads: ClassVar[frozenset[Reads]] = frozenset({"labels"})
 
-    temperature: float = Field(4.0, gt=0, description="softmax temperature of both sides (mdistiller: 4)")
+    temperature: Temperature = Field(
+        4.0, description="softmax temperature of both sides (mdistiller: 4); a number, {start, end}, or std, as for kd"
+    )
     weight_ce: Weight = Field(1.0, description="weight of the cross-entropy with the labels (mdistiller: 1)")
     weight_target: Weight = Field(
         Ramp(start=1 / 20, end=1.0, until=19 / 240, by="epoch"),
@@ -41,5 +44,10 @@ class DKD(KnowledgeDistillation):
 
     def terms(self, pair: Pair, run: Run) -> Losses:
         """The two parts."""
-        parts = cache(lambda: dkd(pair.student.logits, pair.teacher.logits, pair.batch.labels, self.temperature))
+
+        @cache
+        def parts() -> DKDParts:
+            student, teacher, number = softened(pair.student.logits, pair.teacher.logits, self.temperature, run)
+            return dkd(student, teacher, pair.batch.labels, number)
+
         return {"target": lambda: parts().target, "non_target": lambda: parts().non_target}

@@ -12,6 +12,7 @@ from stillhouse.data import Batch
 from stillhouse.engine import Compute, Losses, Modules, Paper, Ramp, Result, Run, Stages, Table, Update, Weight
 from stillhouse.methods.distillation import output_error, soft_loss
 from stillhouse.methods.supervised import Supervised, hard_loss, held_out, placed
+from stillhouse.methods.temperature import Temperature
 from stillhouse.models import count_parameters, logits
 from stillhouse.modules.moving_average import MovingAverage
 
@@ -36,7 +37,9 @@ class EMATeacher(Supervised):
     verified: ClassVar[Literal["official", "reference", "formula"]] = "formula"
 
     decay: float = Field(0.999, ge=0, lt=1, description="share of the average that stays, once it is warm (0.999)")
-    temperature: float = Field(4.0, gt=0, description="softmax temperature of both sides, as for kd")
+    temperature: Temperature = Field(
+        4.0, description="softmax temperature of both sides: a number, {start, end}, or std, as for kd"
+    )
     weight_ce: Weight = Field(1.0, description="weight of the loss on the labels (1)")
     weight_soft: Weight = Field(
         Ramp(start=0.0, end=1.0, until=0.25),

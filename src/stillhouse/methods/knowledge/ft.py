@@ -37,6 +37,7 @@ class FT(KnowledgeDistillation):
     summary: ClassVar[str] = "an autoencoder's code of the teacher's last map, learned by the student"
     verified: ClassVar[Literal["official", "reference", "formula"]] = "official"
     reads: ClassVar[frozenset[Reads]] = frozenset({"features"})
+    one_layer: ClassVar[bool] = True
 
     rate: float = Field(
         0.5, gt=0, description="channels of the factor per channel of the teacher's map (official: k = 0.5)"

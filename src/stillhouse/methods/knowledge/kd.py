@@ -10,6 +10,7 @@ from torch import Tensor
 from stillhouse import losses
 from stillhouse.engine import Losses, Paper, Run, Weight
 from stillhouse.methods.distillation import KnowledgeDistillation, output_error, soft_loss
+from stillhouse.methods.temperature import Temperature
 from stillhouse.methods.wiring import Pair
 
 
@@ -27,7 +28,11 @@ class KD(KnowledgeDistillation):
     summary: ClassVar[str] = "a smaller classifier from a larger one through softened predictions"
     verified: ClassVar[Literal["official", "reference", "formula"]] = "reference"
 
-    temperature: float = Field(4.0, gt=0, description="softmax temperature of both sides in the soft term")
+    temperature: Temperature = Field(
+        4.0,
+        description="softmax temperature of both sides in the soft term: a number; {start, end} to move it; or std: the deviation "
+        "of each sample's logits, on each side its own",
+    )
     divergence: Literal["kl", "reverse_kl", "js", "tv"] = Field("kl", description="what compares the two predictions")
     weight_ce: Weight = Field(0.1, description="weight of the cross-entropy with the labels")
     weight_soft: Weight = Field(0.9, description="weight of the divergence from the teacher")

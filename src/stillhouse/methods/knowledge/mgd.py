@@ -28,6 +28,7 @@ class MGD(KnowledgeDistillation):
     summary: ClassVar[str] = "the teacher's map generated from the student's, of which a part is masked"
     verified: ClassVar[Literal["official", "reference", "formula"]] = "official"
     reads: ClassVar[frozenset[Reads]] = frozenset({"features"})
+    one_layer: ClassVar[bool] = True
 
     ratio: float = Field(
         0.15, ge=0, lt=1, description="probability of being masked (official code for classifiers: 0.15)"

@@ -28,13 +28,13 @@ from stillhouse.engine import (
     measuring,
 )
 from stillhouse.engine.heatmap import heat_map
-from stillhouse.engine.optim import weight_at
 from stillhouse.errors import UserError
 from stillhouse.losses.logit_matching import standardize
-from stillhouse.methods.distillation import KnowledgeDistillation, soft_loss
+from stillhouse.methods.distillation import CIFAR_SGD, KnowledgeDistillation, soft_loss
 from stillhouse.methods.supervised import hard_loss, made_of
 from stillhouse.methods.teacher import TrainedTeacher
 from stillhouse.methods.teacher_outputs import TeacherOutputs
+from stillhouse.methods.temperature import Temperature
 from stillhouse.methods.wiring import Pair, Wiring
 from stillhouse.metrics import (
     expected_calibration_error,
@@ -62,7 +62,7 @@ class Study(Spec):
     student_mix: tuple[Mixing, ...] = Field(
         ("none", "mixup"), min_length=1, description="how the student's samples are mixed", validate_default=True
     )
-    temperatures: tuple[float | Literal["std"], ...] = Field(
+    temperatures: tuple[Temperature, ...] = Field(
         (1.0, 4.0, "std"), min_length=1, description="softmax temperatures, and std for each sample's own"
     )
     seeds: int = Field(1, ge=1, description="seeds of each student, from the run's own on")
@@ -99,7 +99,7 @@ class MixKD(KnowledgeDistillation):
         description="mixing of the student's batches: {kind: mixup, fraction, alpha, ...}, cutmix, none",
         validate_default=True,
     )
-    temperature: Literal["std"] | float | Ramp = Field(
+    temperature: Temperature = Field(
         "std",
         description="std: each sample's deviation of its logits, on each side; or a number; or {start, end} to move it",
     )
@@ -116,27 +116,13 @@ class MixKD(KnowledgeDistillation):
     weight_ce: Weight = Field(0.1, description="weight of the cross-entropy with the mixed labels (gamma)")
     weight_kd: Weight = Field(0.9, description="weight of the divergence from the teacher (alpha)")
     optimizer: Optimizer = Field(
-        Optimizer(
-            name="sgd",
-            lr=0.05,
-            momentum=0.9,
-            weight_decay=5e-4,
-            schedule="step",
-            milestones=(150 / 240, 180 / 240, 210 / 240),
-        ),
+        CIFAR_SGD,
         description="optimiser of the student",
     )
     epochs: float = Field(240, gt=0, description="passes over the training split")
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
-        ends = (
-            (self.temperature.start, self.temperature.end)
-            if isinstance(self.temperature, Ramp)
-            else (self.temperature,)
-        )
-        if any(not isinstance(end, str) and end <= 0 for end in ends):
-            raise ValueError("temperature: it is above 0, or std")
         if self.study and not isinstance(self.teacher, TrainedTeacher):
             raise ValueError("study: it trains the teacher in several ways, so give one to train and no pretrained one")
         return self
@@ -173,13 +159,7 @@ class MixKD(KnowledgeDistillation):
 
     def match(self, student: Tensor, teacher: Tensor, labels: Tensor | None, run: Run) -> Tensor:
         """KL(teacher || student) at the temperature: T^2-scaled where it is a number, unscaled where it is the deviation."""
-        if self.temperature == "std":
-            step = run.step + 1
-            if step == run.steps or step % run.settings.log_every == 0:
-                self.log_constant(student, run)
-            return soft_loss(losses.kl, standardize(student), standardize(teacher), 1.0, labels, run, squared=False)
-        temperature = weight_at(self.temperature, run.step, run.steps, run.per_epoch)
-        return soft_loss(losses.kl, student, teacher, temperature, labels, run, squared=True)
+        return soft_loss(losses.kl, student, teacher, self.temperature, labels, run, squared=True)
 
     def told(self, pair: Pair) -> Tensor:
         """The teacher's logits on the mixed samples, or those on their parts, mixed in the same shares."""
@@ -188,12 +168,6 @@ class MixKD(KnowledgeDistillation):
         batch = pair.batch
         whole = Batch({name: batch[f"whole {name}"] for name in batch.inputs})
         return Mixture(batch["first"], batch["second"], batch["share"]).inputs(pair.about(whole).logits)
-
-    def log_constant(self, student: Tensor, run: Run) -> None:
-        """Log how many samples have equal logits for all classes, if any: they have no deviation and stay undivided."""
-        number = run.gather((student.detach().std(-1) == 0).float().sum()[None]).sum()
-        if number:
-            run.log({"stage": run.stage, "step": run.step + 1, "std/constant": float(number)})
 
     def measure(self, wiring: Wiring, place: int, run: Run) -> dict[str, float]:
         """Probes on the test split: how smooth predictions are, calibration with standardised logits, robustness."""
@@ -261,7 +235,7 @@ class Cell:
 
     teacher: str
     student: str
-    temperature: float | str
+    temperature: Temperature
     metrics: Sequence[Mapping[str, float]]
 
     def mean(self, name: str) -> float:
@@ -272,6 +246,8 @@ class Cell:
     @property
     def label(self) -> str:
         """The temperature as it is written in tables."""
+        if isinstance(self.temperature, Ramp):
+            return f"T={self.temperature.start:g} to {self.temperature.end:g}"
         return "std" if self.temperature == "std" else f"T={self.temperature:g}"
 
 

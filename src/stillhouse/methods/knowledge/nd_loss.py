@@ -15,7 +15,7 @@ from stillhouse.data import Batch, Split
 from stillhouse.engine import Compute, Losses, Optimizer, Paper, Run, Weight, measuring
 from stillhouse.errors import UserError
 from stillhouse.losses.feature_matching import direction, norm_direction, norm_growth
-from stillhouse.methods.distillation import KnowledgeDistillation, Objective, Reads
+from stillhouse.methods.distillation import CIFAR_SGD, KnowledgeDistillation, Objective, Reads
 from stillhouse.methods.wiring import Outputs, Pair, Wiring
 from stillhouse.models import fingerprint
 from stillhouse.modules.projectors import EmbeddingProjector
@@ -59,15 +59,7 @@ class NDLoss(KnowledgeDistillation):
         description="what it stands beside: KD by default, its weight growing over the first twelfth of the epochs",
     )
     optimizer: Optimizer = Field(
-        Optimizer(
-            name="sgd",
-            lr=0.1,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=5e-4,
-            schedule="step",
-            milestones=(150 / 240, 180 / 240, 210 / 240),
-        ),
+        CIFAR_SGD.model_copy(update={"lr": 0.1, "nesterov": True}),
         description="optimiser of the student and the projector",
     )
     epochs: float = Field(240, gt=0, description="passes over the training split")

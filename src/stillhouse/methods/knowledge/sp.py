@@ -29,6 +29,7 @@ class SP(KnowledgeDistillation):
     summary: ClassVar[str] = "which samples of a batch are alike, by the features of the last stage"
     verified: ClassVar[Literal["official", "reference", "formula"]] = "official"
     reads: ClassVar[frozenset[Reads]] = frozenset({"features"})
+    one_layer: ClassVar[bool] = True
     couples: ClassVar[bool] = True
 
     gather: bool = Field(False, description="compare the samples of all processes, not of each alone")

@@ -14,7 +14,8 @@ from stillhouse.engine import Losses, Modules, Optimizer, Paper, Ramp, Run, Term
 from stillhouse.errors import UserError
 from stillhouse.losses.contrastive import info_nce
 from stillhouse.losses.relations import contextual_similarity, local_preserving
-from stillhouse.methods.distillation import KnowledgeDistillation, Reads, soft_loss
+from stillhouse.methods.distillation import CIFAR_SGD, KnowledgeDistillation, Reads, soft_loss
+from stillhouse.methods.temperature import Temperature
 from stillhouse.methods.wiring import Pair, Wiring
 from stillhouse.metrics import distance_correlation, neighbour_overlap, retrieval_rank1
 from stillhouse.modules.tokens import common_grid, feature_grid, grid_tokens
@@ -40,8 +41,11 @@ class TRG(KnowledgeDistillation):
     verified: ClassVar[Literal["official", "reference", "formula"]] = "formula"
     couples: ClassVar[bool] = True
     reads: ClassVar[frozenset[Reads]] = frozenset({"features"})
+    one_layer: ClassVar[bool] = True
 
-    temperature: float = Field(4.0, gt=0, description="softmax temperature of the logits' term")
+    temperature: Temperature = Field(
+        4.0, description="softmax temperature of the logits' term: a number, {start, end}, or std, as for kd"
+    )
     nodes: Literal["tokens", "images"] = Field(
         "tokens", description="nodes of the graph; images: pooled features of whole images, the graphs that came before"
     )
@@ -92,14 +96,7 @@ class TRG(KnowledgeDistillation):
     weight_local: Weight = Field(1.0, description="weight of the neighbour graphs (beta)")
     weight_global: Weight = Field(0.1, description="weight of the contrast (gamma)")
     optimizer: Optimizer = Field(
-        Optimizer(
-            name="sgd",
-            lr=0.05,
-            momentum=0.9,
-            weight_decay=5e-4,
-            schedule="step",
-            milestones=(150 / 240, 180 / 240, 210 / 240),
-        ),
+        CIFAR_SGD,
         description="optimiser of the student and the projection",
     )
     epochs: float = Field(240, gt=0, description="passes over the training split")
