@@ -30,8 +30,8 @@ class KD(KnowledgeDistillation):
 
     temperature: Temperature = Field(
         4.0,
-        description="softmax temperature of both sides in the soft term: a number; {start, end} to move it; or std: the deviation "
-        "of each sample's logits, on each side its own",
+        description="softmax temperature of both sides in the soft term: a number; {start, end} to move it; or std: the "
+        "deviation of each sample's logits, on each side its own",
     )
     divergence: Literal["kl", "reverse_kl", "js", "tv"] = Field("kl", description="what compares the two predictions")
     weight_ce: Weight = Field(0.1, description="weight of the cross-entropy with the labels")
