@@ -1,5 +1,6 @@
 """DHKD: two heads kept apart, the alignment, what ships, bad input. The losses: tests/losses; the projection: tests/engine."""
 
+import dataclasses
 import json
 
 import pytest
@@ -84,6 +85,42 @@ def test_only_the_student_ships_and_the_log_has_the_cosines(alignment, tmp_path)
     assert len(cosines) >= 3
     assert all(-1 <= value <= 1 for value in cosines)
     assert 0 <= result.metrics["test/auxiliary_head/accuracy"] <= 1
+
+
+@pytest.mark.parametrize("head", ["linear", "nonlinear", "main"])
+def test_the_table_of_forces_is_the_gradient_by_a_row_of_one_head(head, tmp_path):
+    m, wiring, _ = wired(tmp_path, head=head)
+    method, split = wiring.objectives[0], wiring.run.data.split("train").take(40)
+    wiring.run.data = dataclasses.replace(wiring.run.data, splits={"train": split})
+    m.student.eval()
+    wiring.parts[0][0].get("head", m.student).eval()
+    with torch.no_grad():
+        (table,) = method.shown(wiring, 0, wiring.run)
+    batch = split.batch(range(40))
+    f, labels = m.student.features(batch["pixel_values"]).detach(), batch.labels
+    z = m.student.classifier(f).detach()
+    a = wiring.parts[0][0]["head"](f).detach() if head != "main" else z
+    t = m.teacher(batch["pixel_values"])
+    means = torch.stack([f[labels == k].mean(0) for k in range(10)])
+    vertices = torch.nn.functional.normalize(means - means.mean(0))
+    # One linear head, whose output the loss sees as if it were the head's own.
+    w = torch.zeros(10, f.shape[1], requires_grad=True)
+    (ce,) = torch.autograd.grad(torch.nn.functional.cross_entropy(f @ w.T + z, labels), w)
+    (logit,) = torch.autograd.grad(binary_kl_norm(f @ w.T + a, t), w)
+    found = torch.tensor([row[1:] for row in table.rows])
+    assert [row[0] for row in table.rows] == list(wiring.run.data.facts.class_names)
+    torch.testing.assert_close(found[:, 0] + found[:, 1], -(ce * vertices).sum(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[:, 2] + found[:, 3], -(logit * vertices).sum(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[:, 4], torch.cosine_similarity(ce, logit, dim=1), rtol=1e-4, atol=1e-6)
+
+
+def test_the_forces_are_in_the_result_as_table_note_and_picture(tmp_path):
+    two = {**SMALL, "teacher": [TEACHER, {**TEACHER, "seed": 1}], "compare_alone": False}
+    result = sh.distil("dhkd", **two, settings={"threads": 1}, out=tmp_path / "run")
+    titles = [table.title for table in result.tables]
+    assert titles[1:] == ["Pull and push on one head, teacher-0", "Pull and push on one head, teacher-1"]
+    assert (tmp_path / "run" / "result" / "pull-and-push-on-one-head-teacher-1.png").exists()
+    assert sum("would oppose each other in" in note for note in result.notes) == 2
 
 
 def test_alignment_changes_the_training_and_single_heads_are_probed_in_both_places(tmp_path):

@@ -17,6 +17,8 @@ from stillhouse.metrics.probes import (
     gradient_cosine,
     gradient_cosines,
     head_and_backbone,
+    pull_and_push,
+    simplex_vertices,
 )
 
 
@@ -98,3 +100,33 @@ def test_bad_input_is_told_in_a_sentence(model):
 
 def test_examples_run():
     assert doctest.testmod(probes).failed == 0
+
+
+def test_pull_and_push_are_minus_the_gradient_by_the_weights():
+    """With cross-entropy the pull is along the class's own embeddings, weighed by 1 - p, and the push away from the others'."""
+    torch.manual_seed(0)
+    f, labels, w = torch.randn(30, 5), torch.randint(4, (30,)), torch.randn(4, 5, requires_grad=True)
+    z = f @ w.T
+    (by_logits, by_weights) = torch.autograd.grad(F.cross_entropy(z, labels), [z, w])
+    pull, push = pull_and_push(by_logits, f, labels)
+    torch.testing.assert_close(pull + push, -by_weights)
+    p, own = z.detach().softmax(1), F.one_hot(labels, 4).bool()
+    torch.testing.assert_close(pull, ((1 - p) * own).T @ f / 30)
+    torch.testing.assert_close(push, -(p * ~own).T @ f / 30)
+
+
+def test_collapsed_classes_have_the_vertices_of_a_simplex():
+    corners = torch.eye(4)[:, :4] - 0.25
+    labels = torch.arange(40) % 4
+    found = simplex_vertices(corners[labels] * 3 + 5, labels, 4)
+    torch.testing.assert_close(found @ found.T, torch.eye(4) * 4 / 3 - 1 / 3)
+    absent = simplex_vertices(corners[labels], labels, 6)
+    assert absent[4:].abs().max() == 0
+    torch.testing.assert_close(absent[:4], found)
+
+
+def test_forces_of_other_shapes_are_refused():
+    with pytest.raises(UserError, match="one gradient row, one embedding and one class number per sample"):
+        pull_and_push(torch.zeros(3, 2), torch.zeros(4, 5), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(UserError, match="one class number per sample"):
+        pull_and_push(torch.zeros(3, 2), torch.zeros(3, 5), torch.zeros(3))

@@ -196,6 +196,10 @@ class KnowledgeDistillation(TrainingFields):
         """The objective's own measurements of the trained student, for the result; asked in eval mode without gradients."""
         return {}
 
+    def shown(self, wiring: Wiring, place: int, run: Run) -> list[Table]:
+        """The objective's own tables of the trained student; asked as :meth:`measure` is."""
+        return []
+
     def started(self, run: Run) -> Generator[Any, Any, ModelSpec]:
         """The student as its training finds it; yields what makes it so, such as training on labels before."""
         yield from ()
@@ -313,9 +317,9 @@ class KnowledgeDistillation(TrainingFields):
             lines = yield from self.lines(run, judged, alone, stage.evaluate.monitor)
             stage.evaluate = replace(stage.evaluate, lines=lines)
         trained = yield stage
-        probes: dict[str, float] = {}
-        if any(type(objective).measure is not KnowledgeDistillation.measure for objective in self.objectives):
-            probes = yield Compute("probes", lambda _: self._measured(wiring, run))
+        probes: dict[str, Any] = {"metrics": {}, "tables": []}
+        if any(objective.looks for objective in self.objectives):
+            probes = yield Compute("probes", lambda _: self._looked(wiring, run))
         wiring.close()
 
         models = {**judged, "student": student} | ({} if alone is None else {"student-alone": alone.model})
@@ -329,8 +333,11 @@ class KnowledgeDistillation(TrainingFields):
         told += [note for objective in self.objectives for note in objective.notes(run)]
         result = Result(
             artefacts={"student": student},
-            metrics={**trained.best, **measured["metrics"], **probes},
-            tables=[Table("Comparison", measured["columns"], measured["rows"])],
+            metrics={**trained.best, **measured["metrics"], **probes["metrics"]},
+            tables=[
+                Table("Comparison", measured["columns"], measured["rows"]),
+                *(Table(**table) for table in probes["tables"]),
+            ],
             notes=told + notes + measured["notes"],
         )
         for objective in self.objectives:
@@ -420,14 +427,22 @@ class KnowledgeDistillation(TrainingFields):
             stage.prepare = mixing.mixed
         return stage, wiring
 
-    def _measured(self, wiring: Wiring, run: Run) -> dict[str, float]:
+    @property
+    def looks(self) -> bool:
+        """Whether it has measurements or tables of its own."""
+        cls, base = type(self), KnowledgeDistillation
+        return cls.measure is not base.measure or cls.shown is not base.shown
+
+    def _looked(self, wiring: Wiring, run: Run) -> dict[str, Any]:
+        metrics: dict[str, float] = {}
+        tables: list[dict[str, Any]] = []
         # The teachers too, which no stage holds in eval mode any more.
         with measuring(wiring.student, *wiring.teachers.values(), *wiring.modules().values()):
-            return {
-                name: value
-                for place, objective in enumerate(self.objectives)
-                for name, value in objective.measure(wiring, place, run).items()
-            }
+            for place, objective in enumerate(self.objectives):
+                metrics |= objective.measure(wiring, place, run)
+                found = objective.shown(wiring, place, run)
+                tables += [{"title": one.title, "columns": one.columns, "rows": one.rows} for one in found]
+        return {"metrics": metrics, "tables": tables}
 
     def alone(self, student: ModelSpec) -> Supervised:
         """The same student, trained on the labels alone."""

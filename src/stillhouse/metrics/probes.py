@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
@@ -99,6 +99,68 @@ def head_and_backbone(model: nn.Module, classifier: str) -> dict[str, list[nn.Pa
     head = list(modules[classifier].parameters())
     of_head = {id(parameter) for parameter in head}
     return {"head": head, "backbone": [p for p in model.parameters() if id(p) not in of_head]}
+
+
+def pull_and_push(
+    logit_gradient: Float[Tensor, "samples classes"],
+    embeddings: Float[Tensor, "samples width"],
+    labels: Int[Tensor, " samples"],
+) -> tuple[Float[Tensor, "classes width"], Float[Tensor, "classes width"]]:
+    """What a loss does to each row of a linear classifier, in two parts: through samples of the class, and of all others.
+
+    Minus the gradient by row k is ``-sum_i g_ik f_i``. The pull is its part over samples of class k, the push that over the
+    others (Dual-Head Knowledge Distillation, arXiv 2411.08937, and the analysis of neural collapse that it rests on). With
+    cross-entropy the pull goes along the class's own embeddings, ``sum (1 - p_ik) f_i / n``, and the push away from those of
+    other classes, ``-sum p_ik f_i / n``.
+
+    Args:
+        logit_gradient: gradient g of the loss by the logits.
+        embeddings: what the classifier reads, f.
+        labels: class of each sample.
+
+    Returns:
+        Pull and push of each class, whose sum is minus the gradient by the weights.
+
+    Raises:
+        UserError: samples that differ in number, or labels that are no class numbers.
+
+    >>> gradient = torch.tensor([[-0.5, 0.5], [0.25, -0.25]])
+    >>> pull, push = pull_and_push(gradient, torch.eye(2), torch.tensor([0, 1]))
+    >>> pull.tolist(), push.tolist()
+    ([[0.5, 0.0], [0.0, 0.25]], [[0.0, -0.25], [-0.5, 0.0]])
+    """
+    if (
+        logit_gradient.dim() != 2
+        or labels.is_floating_point()
+        or len({len(logit_gradient), len(embeddings), len(labels)}) > 1
+    ):
+        raise UserError(
+            f"pull_and_push: it takes one gradient row, one embedding and one class number per sample, not shapes "
+            f"{tuple(logit_gradient.shape)}, {tuple(embeddings.shape)} and {tuple(labels.shape)}."
+        )
+    own = torch.nn.functional.one_hot(labels.long(), logit_gradient.shape[1]).bool()
+    return tuple(-logit_gradient.masked_fill(away, 0.0).T @ embeddings for away in (~own, own))  # type: ignore[return-value]
+
+
+def simplex_vertices(
+    embeddings: Float[Tensor, "samples width"], labels: Int[Tensor, " samples"], num_classes: int
+) -> Float[Tensor, "classes width"]:
+    """Direction of each class's mean embedding from the mean of all classes: the corners of a simplex where classes collapse.
+
+    Args:
+        embeddings: embeddings.
+        labels: class of each sample.
+        num_classes: number of classes; one without a sample has the direction 0.
+
+    >>> simplex_vertices(torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]), 2).tolist()
+    [[-1.0, 0.0], [1.0, 0.0]]
+    """
+    member = torch.nn.functional.one_hot(labels.long(), num_classes).to(embeddings.dtype)
+    counts = member.sum(0)
+    means = (member.T @ embeddings) / counts.clamp_min(1)[:, None]
+    present = counts > 0
+    centred = (means - means[present].mean(0)) * present[:, None]
+    return torch.nn.functional.normalize(centred, eps=1e-30)
 
 
 def feature_norm(features: Float[Tensor, "samples *shape"]) -> Float[Tensor, ""]:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Generator
+from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stillhouse.engine import Losses, Optimizer, Paper, Projection, Run, Weight
+from stillhouse.engine import Losses, Optimizer, Paper, Projection, Result, Run, Table, Weight
+from stillhouse.engine.heatmap import heat_map
 from stillhouse.errors import UserError
+from stillhouse.losses import cross_entropy
 from stillhouse.losses.logit_matching import binary_kl, binary_kl_norm
 from stillhouse.methods.distillation import CIFAR_SGD, KnowledgeDistillation, Reads
 from stillhouse.methods.wiring import Pair, Wiring
-from stillhouse.metrics.probes import gradient_cosines, head_and_backbone
+from stillhouse.metrics.probes import gradient_cosines, head_and_backbone, pull_and_push, simplex_vertices
 from stillhouse.modules.projectors import AuxiliaryHead
+
+PROBED, DRAWN = 2000, 20
+"""Training samples whose forces on the classifier are told, and classes in the picture of them."""
+
+FORCES = "Pull and push on one head"
 
 
 class DHKD(KnowledgeDistillation):
@@ -87,12 +96,16 @@ class DHKD(KnowledgeDistillation):
     def logit(self, pair: Pair, run: Run) -> Tensor:
         """BKLN, or BKL, between the head that learns from the teacher and the teacher."""
         logits = pair.student.logits if self.head == "main" else pair.parts["head"](pair.student.embedding)
-        compared = binary_kl_norm if self.logit_loss == "normalised" else binary_kl
-        value = compared(logits, pair.teacher.logits, self.temperature)
+        value = self.compared(logits, pair.teacher.logits)
         step = run.step + 1
         if step == run.steps or step % run.settings.log_every == 0:
             self.log_cosines(pair, value, run)
         return value
+
+    def compared(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The chosen form of the logit loss."""
+        form = binary_kl_norm if self.logit_loss == "normalised" else binary_kl
+        return form(student, teacher, self.temperature)
 
     def log_cosines(self, pair: Pair, value: Tensor, run: Run) -> None:
         """Log the cosine between the gradients of the two losses, in the student's classifier and in its backbone.
@@ -129,3 +142,58 @@ class DHKD(KnowledgeDistillation):
                 f"test/auxiliary_head/agreement{at}": same / count,
             }
         return found
+
+    def shown(self, wiring: Wiring, place: int, run: Run) -> list[Table]:
+        """For each class how the two losses pull and push a classifier's row, were both on one linear head.
+
+        A force is minus the gradient by the row, through samples of the class (pull) and of all others (push), as its part
+        along the class's vertex: the direction of its mean embedding from the mean of all. Where the cosine of the two
+        gradients by the row is below 0 the two losses want the opposite of each other.
+        """
+        names, split = run.data.facts.class_names, run.data.split("train")
+        tables = []
+        for link, parts in zip(wiring.links, wiring.parts[place], strict=True):
+            rows = []
+            for batch in split.take(min(PROBED, len(split))).in_order(512, device=run.world.device):
+                outputs = wiring.read(batch)
+                said = outputs.logits if self.head == "main" else parts["head"](outputs.embedding)
+                assert outputs.embedding is not None
+                rows.append((outputs.embedding, outputs.logits, said, link.read(batch).logits, batch.labels))
+            embeddings, main, said, teacher, labels = (torch.cat(column) for column in zip(*rows, strict=True))
+            with torch.enable_grad():
+                mine, other = main.detach().requires_grad_(), said.detach().requires_grad_()
+                (of_labels,) = torch.autograd.grad(cross_entropy(mine, labels), mine)
+                (of_logits,) = torch.autograd.grad(self.compared(other, teacher), other)
+            vertices = simplex_vertices(embeddings, labels, main.shape[1])
+            forces = [pull_and_push(gradient, embeddings, labels) for gradient in (of_labels, of_logits)]
+            along = [(force * vertices).sum(1) for pair in forces for force in pair]
+            whole = [pull + push for pull, push in forces]
+            cosines = torch.cosine_similarity(whole[0], whole[1], dim=1, eps=1e-30)
+            numbers = torch.stack([*along, cosines], 1).tolist()
+            called = names if len(names) == len(numbers) else tuple(map(str, range(len(numbers))))
+            title = FORCES if len(wiring.links) == 1 else f"{FORCES}, {link.name}"
+            columns = ["class", "labels pull", "labels push", "logits pull", "logits push", "cosine of both"]
+            tables.append(Table(title, columns, [[name, *row] for name, row in zip(called, numbers, strict=True)]))
+        return tables
+
+    def finished(self, result: Result, run: Run) -> Generator[Any, Any, Result]:
+        """Add the picture of the forces, and in how many classes they oppose each other."""
+        yield from ()
+        for table in result.tables:
+            if not table.title.startswith(FORCES):
+                continue
+            rows = sorted(table.rows, key=lambda row: float(row[-1]))
+            opposed = sum(float(row[-1]) < 0 for row in rows)
+            result.notes.append(
+                f"on one linear head the two losses would oppose each other in {opposed} of {len(rows)} classes (see the table "
+                f"{table.title!r})."
+            )
+            drawn = rows[:DRAWN]
+            largest = [max((abs(float(row[at])) for row in rows), default=0.0) or 1.0 for at in range(1, 5)]
+            result.pictures[table.title.lower().replace(",", "").replace(" ", "-")] = heat_map(
+                [[*(float(row[at]) / largest[at - 1] for at in range(1, 5)), float(row[-1])] for row in drawn],
+                rows=[str(row[0]) for row in drawn],
+                columns=[*table.columns[1:5], "cosine"],
+                title="forces on a classifier's rows, each in units of its largest",
+            )
+        return result
