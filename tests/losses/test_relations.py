@@ -224,6 +224,23 @@ def test_near_tokens_far_from_the_origin_are_told_apart():
     assert torch.equal(near, exact)
 
 
+@pytest.mark.parametrize("neighbours", ["own", "teacher"])
+def test_as_printed_a_row_weighs_the_nodes_that_have_it_among_their_nearest(neighbours):
+    theirs, near = neighbour_graph(TEACHER, 2)
+    mine, own = neighbour_graph(STUDENT, 2, neighbours=near if neighbours == "teacher" else None)
+    for graph, columns in ((theirs, near), (mine, own)):
+        among = torch.zeros(len(graph), len(graph), dtype=torch.bool).scatter(1, columns, True)
+        assert torch.equal(graph.T > 0, among.T)
+    p, q = mine.T.log_softmax(1), theirs.T.log_softmax(1)
+    expected = (p.exp() * (p - q)).sum(1).mean()
+    found = local_preserving(STUDENT, TEACHER, 2, nearness="column", neighbours=neighbours)
+    torch.testing.assert_close(found, expected)
+    assert not torch.isclose(found, local_preserving(STUDENT, TEACHER, 2, neighbours=neighbours))
+    assert local_preserving(TEACHER, TEACHER, 2, nearness="column").abs() < 1e-7
+    with pytest.raises(UserError, match="no nearness 'rows'"):
+        local_preserving(STUDENT, TEACHER, 2, nearness="rows")
+
+
 @pytest.mark.parametrize("direction", ["student", "teacher"])
 def test_local_preserving_is_a_divergence_of_whole_rows(direction):
     (a, _), (b, near) = (neighbour_graph(x, 3) for x in (STUDENT, TEACHER))

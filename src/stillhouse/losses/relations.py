@@ -311,6 +311,7 @@ def local_preserving(
     temperature: float = 1.0,
     direction: Literal["student", "teacher"] = "student",
     neighbours: Literal["own", "teacher"] = "own",
+    nearness: Literal["row", "column"] = "row",
     scale: Literal["norm", "distance", "none"] = "norm",
     chunk: int | None = None,
 ) -> Float[Tensor, ""]:
@@ -327,6 +328,8 @@ def local_preserving(
         temperature: of the softmax over a row; 1 as printed.
         direction: whose rows come first: ``"student"`` for KL(student || teacher), as printed, or the other way.
         neighbours: each side's own, as printed, or the teacher's for both, which is steadier.
+        nearness: row i weighs the nodes that are nearest to i (``"row"``), or, as printed, those to which i is among the
+            nearest (``"column"``): the transposed graph, in which a node that is nobody's neighbour has a flat row.
         scale: what the tokens are divided by first.
         chunk: rows handled at once.
 
@@ -344,8 +347,11 @@ def local_preserving(
         )
     _check_variant("local_preserving", direction, ("student", "teacher"), "direction")
     _check_variant("local_preserving", neighbours, ("own", "teacher"), "neighbours")
+    _check_variant("local_preserving", nearness, ("row", "column"), "nearness")
     theirs, near = neighbour_graph(teacher, k, sigma, scale=scale)
     mine, _ = neighbour_graph(student, k, sigma, scale=scale, neighbours=near if neighbours == "teacher" else None)
+    if nearness == "column":
+        mine, theirs = mine.T, theirs.T
     divergence = reverse_kl if direction == "student" else kl
     return divergence(mine, theirs, temperature, scale_by_temperature_squared=False, chunk=chunk)
 

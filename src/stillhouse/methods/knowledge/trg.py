@@ -58,6 +58,10 @@ class TRG(KnowledgeDistillation):
     neighbours_of: Literal["own", "teacher"] = Field(
         "own", description="each side's own neighbours, or the teacher's for both, which is steadier"
     )
+    nearness: Literal["row", "column"] = Field(
+        "row",
+        description="a row of the graph weighs a token's own nearest; or, as printed, those that have it among their nearest",
+    )
     sigma: Literal["median"] | float = Field(0.5, description="width of the graph's Gaussian weights; or median")
     scale: Literal["norm", "distance", "none"] = Field(
         "norm", description="what tokens are divided by in the graph: their length, the mean distance, nothing"
@@ -167,6 +171,7 @@ class TRG(KnowledgeDistillation):
             temperature=self.local_temperature,
             direction=self.local_direction,
             neighbours=self.neighbours_of,
+            nearness=self.nearness,
             scale=self.scale,
         )
 
