@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from stillhouse.bench import Comparison, Search, compare, search
+    from stillhouse.bench import Comparison, Search, compare, evaluate_dataset, search
     from stillhouse.engine import Method, Result, Stage, Update
     from stillhouse.exporting import export
     from stillhouse.front import distil
@@ -26,6 +26,7 @@ _HOMES = {
     "Comparison": "stillhouse.bench",
     "search": "stillhouse.bench",
     "Search": "stillhouse.bench",
+    "evaluate_dataset": "stillhouse.bench",
     "distil": "stillhouse.front",
     "export": "stillhouse.exporting",
     "load_recipe": "stillhouse.recipe",
@@ -47,6 +48,7 @@ __all__ = [
     "Update",
     "compare",
     "distil",
+    "evaluate_dataset",
     "export",
     "load_recipe",
     "methods",

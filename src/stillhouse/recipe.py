@@ -106,8 +106,16 @@ def find_recipe(source: str | Path) -> Path:
     return found[scale]
 
 
-def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "") -> Recipe:
+def build_recipe(
+    values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "", cls: type[Method] | None = None
+) -> Recipe:
     """Validate plain values (and Python objects in place of specs) as a recipe.
+
+    Args:
+        values: the recipe.
+        overrides: as in :func:`load_recipe`.
+        where: what messages say of its origin.
+        cls: the method, where it is none of the registry's.
 
     Raises:
         UserError: see :func:`load_recipe`.
@@ -118,7 +126,9 @@ def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, wh
             raise UserError(
                 f"{override}: a recipe belongs to its method; name the other method, or a recipe of it, instead."
             )
-    cls = method_class(str(raw.get("method")))
+    if cls is None:
+        cls = method_class(str(raw.get("method")))
+    raw.setdefault("method", cls.name)
     whole = _whole(cls)
     for override in overrides:
         _override(whole, raw, override)

@@ -247,6 +247,46 @@ def search(
     search(source, arguments or [], trials=trials, seed=seed, out=out, jobs=jobs, storage=storage, as_json=as_json)
 
 
+@app.command("evaluate-dataset")
+def evaluate_dataset(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="a distilled set: an export, a Hugging Face directory, class folders")
+    ],
+    overrides: Overrides = None,
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--data", metavar="DATA", help="the real data set; as the set's card says by default"),
+    ] = None,
+    models: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME,NAME,...", help="networks, such as convnet,resnet,vit; as the card says by default"),
+    ] = None,
+    seeds: Annotated[Optional[int], typer.Option(help="fresh networks for each number; 5 by default", min=1)] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="of all draws", min=0)] = 0,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="below runs/evaluate-dataset by default"),
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="train on the whole data anew")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Judge a distilled data set fairly: against random images under the same labels and augmentation."""
+    from stillhouse.cli.evaluating import evaluate
+
+    evaluate(
+        directory,
+        overrides or [],
+        data=data,
+        models=models,
+        seeds=seeds,
+        seed=seed,
+        out=out,
+        cache=not no_cache,
+        as_json=as_json,
+    )
+
+
 def main() -> None:
     """Run the command line: user errors are one sentence and exit code 2; Ctrl-C is 130."""
     debug = "--debug" in sys.argv

@@ -57,7 +57,7 @@ def _go(recipe: Recipe, directory: Path, world: World, *, cache: bool) -> None:
     stop_on_signals(signals)
     where = f"{escape(str(directory))} (seed {recipe.seed}, {world.device})"
     console.print(f"[bold]{recipe.method.name}[/bold] in {where}", highlight=False)
-    about = _about(recipe, cache)
+    about = about_run(recipe, cache)
     try:
         with ProgressBar(console) as bar:
             result = run_recipe(recipe, directory, cache=cache, listener=bar, world=world, signals=signals, about=about)
@@ -68,10 +68,11 @@ def _go(recipe: Recipe, directory: Path, world: World, *, cache: bool) -> None:
         console.print(f"stopped; continue with:\n  stillhouse resume {directory}", highlight=False, markup=False)
         raise SystemExit(Interrupted.exit_code) from None
     if world.is_main:
-        _conclude(result, directory, console)
+        conclude(result, directory, console)
 
 
-def _conclude(result: Result, directory: Path, console: Console) -> None:
+def conclude(result: Result, directory: Path, console: Console) -> None:
+    """Print a result's tables and notes, write the report page and say where it is."""
     for table in result.tables:
         result_table(table.title, table.columns, table.rows, console)
     for note in result.notes:
@@ -80,7 +81,8 @@ def _conclude(result: Result, directory: Path, console: Console) -> None:
     console.print(f"report: {escape(str(page))}", highlight=False, soft_wrap=True)
 
 
-def _about(recipe: Recipe, cache: bool) -> dict[str, Any]:
+def about_run(recipe: Recipe, cache: bool) -> dict[str, Any]:
+    """What is written down of a run that starts: the command, versions, the method."""
     method = recipe.method
     return {
         "command": ["stillhouse", *sys.argv[1:]],

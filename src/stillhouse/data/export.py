@@ -45,6 +45,7 @@ class Card:
         paper: where the method is described.
         results: what networks trained on it reached, by name of the measurement.
         class_names: names of the classes in label order; their numbers by default.
+        data: how the real data set is read, as in a recipe.
     """
 
     method: str
@@ -54,6 +55,7 @@ class Card:
     paper: str = ""
     results: Mapping[str, float] = field(default_factory=dict)
     class_names: Sequence[str] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def save_class_folders(
     labels = classes.tolist()
     names = _class_names(max([*labels, len(class_names) - 1]) + 1, class_names)
     width, digits = len(str(len(names) - 1)), len(str(len(levels) - 1))
-    folders = [directory / f"{label:0{width}d}_{_plain(name)}" for label, name in enumerate(names)]
+    folders = [directory / f"{label:0{width}d}_{plain_name(name)}" for label, name in enumerate(names)]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     for index, label in enumerate(labels):
@@ -294,6 +296,7 @@ def _card_text(distilled: DistilledSet, card: Card, names: Sequence[str], paths:
         "method": card.method,
         "paper": card.paper,
         "source": card.source,
+        "data": dict(card.data),
         "seed": card.seed,
         "samples": count,
         "images_per_class": distilled.images_per_class,
@@ -373,7 +376,7 @@ def _class_names(num_classes: int | None, names: Sequence[str]) -> tuple[str, ..
     return tuple(names)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A class name as part of a folder name on any system."""
     return "".join(letter if letter.isalnum() or letter in "-+" else "_" for letter in name)[:100]
 

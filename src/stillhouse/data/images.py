@@ -47,7 +47,13 @@ class ImageFiles(Rows):
     """
 
     def __init__(
-        self, paths: Sequence[Path], labels: Tensor | None, channels: int, size: int | None, *, tolerant: bool = False
+        self,
+        paths: Sequence[Path],
+        labels: Tensor | None,
+        channels: int | None,
+        size: int | None,
+        *,
+        tolerant: bool = False,
     ) -> None:
         self.paths, self._labels, self.channels, self.size = list(paths), labels, channels, size
         self.tolerant = tolerant
@@ -70,7 +76,7 @@ class ImageFiles(Rows):
         except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
             if not self.tolerant or self.size is None:
                 raise UserError(f"{path} is not a readable image.") from None
-            found["pixel_values"] = torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8)
+            found["pixel_values"] = torch.zeros(self.channels or 3, self.size, self.size, dtype=torch.uint8)
             found[UNREADABLE] = torch.tensor(True)
         if self.tolerant:
             found.setdefault(UNREADABLE, torch.tensor(False))

@@ -9,6 +9,7 @@ from stillhouse.metrics.classification import (
     negative_log_likelihood,
     topk_accuracy,
 )
+from stillhouse.metrics.condensation import augmentation_robust_score, label_robust_score
 from stillhouse.metrics.cost import latency, model_bytes, parameters
 from stillhouse.metrics.differences import Difference, paired_difference
 from stillhouse.metrics.language import token_agreement, token_prediction
@@ -23,11 +24,13 @@ __all__ = [
     "Difference",
     "accuracy",
     "agreement",
+    "augmentation_robust_score",
     "classification",
     "distance_correlation",
     "effective_dimensions",
     "expected_calibration_error",
     "fgsm_accuracy",
+    "label_robust_score",
     "latency",
     "linear_readout",
     "mean_total_variation",

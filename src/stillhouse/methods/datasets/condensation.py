@@ -1,4 +1,4 @@
-"""What makers of tiny training sets have in common: where images start, how a set is scored, how it is handed over."""
+"""What makers of tiny training sets have in common: where images start, and how a set is handed over."""
 
 from __future__ import annotations
 
@@ -13,64 +13,29 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from stillhouse.data import Batch, Facts, Split
+from stillhouse.data import Facts, Split
 from stillhouse.data.export import Card, DistilledExport
-from stillhouse.engine import (
-    Compute,
-    Later,
-    Losses,
-    Method,
-    Modules,
-    Optimizer,
-    Result,
-    Run,
-    Stage,
-    Stages,
-    SubRun,
-    Table,
-    Update,
-    measuring,
-)
+from stillhouse.engine import Compute, Result, Run, Stages, SubRun, Table, measuring
 from stillhouse.errors import UserError
-from stillhouse.methods.supervised import Supervised, held_out
-from stillhouse.models import ConvNetSpec, ModelSpec, Taps, logits
+from stillhouse.methods.datasets.scoring import Scoring
+from stillhouse.methods.supervised import Supervised
+from stillhouse.models import ModelSpec, Taps, logits
 from stillhouse.modules.coresets import herding, k_center, random_selection
 from stillhouse.modules.distilled import DistilledSet
-from stillhouse.modules.siamese import DSA
 
 Start = Literal["random", "herding", "k-center", "noise"]
 
 
-class Condensation(Method):
+class Condensation(Scoring):
     """Base of methods that end in a tiny training set. It is always scored on fresh networks, at their last epoch."""
 
     images_per_class: int = Field(1, ge=1, description="images of each class in the tiny set (IPC)")
-    network: ModelSpec = Field(
-        ConvNetSpec(), description="the network that is matched, and trained on the tiny set to score it"
-    )
-    augment: DSA = Field(
-        DSA(), description="differentiable augmentation (DSA), shared by real and tiny images of a class"
-    )
-    eval_networks: int = Field(5, ge=1, description="fresh networks that are trained on the tiny set")
-    eval_architectures: tuple[ModelSpec, ...] = Field(
-        (), description="unseen architectures to score the set on as well"
-    )
-    eval_epochs: int = Field(1800, ge=1, description="passes over the tiny set in scoring")
-    eval_batch_size: int = Field(64, ge=1, description="batch size in scoring")
-    eval_optimizer: Optimizer = Field(
-        Optimizer(name="sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="step", milestones=(0.5,)),
-        description="optimiser in scoring; the learning rate falls to a tenth at half (released code)",
-    )
     features_network: ModelSpec | None = Field(
         None, description="network whose features herding and k-center use; a copy of the scored one by default"
     )
     features_epochs: float = Field(
         20, ge=0, description="training of the network whose features are used; 0 takes it as drawn"
     )
-
-    def architecture(self) -> ModelSpec:
-        """The network that is matched, and trained to score a set."""
-        return self.network
 
     # Where the images start -----------------------------------------------------------------------------------------
 
@@ -133,42 +98,11 @@ class Condensation(Method):
 
     def scored(self, run: Run, distilled: DistilledSet, name: str) -> Generator[Any, Any, dict[str, list[float]]]:
         """Test accuracy of fresh networks trained on the set, by architecture; last epoch, never the best."""
-        facts = run.data.facts
         # The set as it stands now: a later stage may go on changing it.
         tensors = {"pixel_values": distilled.images.detach().cpu().clone(), "labels": distilled.targets().cpu().clone()}
-        split = Split("distilled", facts, tensors)
-        specs = {"": self.architecture()} | {
-            f"{number}-{spec.kind}": spec for number, spec in enumerate(self.eval_architectures)
-        }
-        nets: dict[str, list[nn.Module]] = {key: [] for key in specs}
-        # The processes share a batch.
-        size = max(1, min(self.eval_batch_size, len(distilled)) // run.world.size)
-        batches = split.batches(size, drop_last=False)
-        steps = self.eval_epochs * batches.per_epoch(run.world.size)
-
-        def build(key: str, spec: ModelSpec, stage: str) -> Stage:
-            net = spec.build(facts)
-            nets[key].append(net)
-            update = Update(self.train_loss, {"net": self.eval_optimizer})
-            return Stage(stage, {"net": net}, [update], steps=steps, batches=batches)
-
-        stages = []
-        for key, spec in specs.items():
-            for number in range(self.eval_networks):
-                stage = f"score/{name}{'-' + key if key else ''}-{number}"
-                stages.append(Later(stage, partial(build, key, spec, stage)))
-        yield stages
-        measured: dict[str, list[float]] = yield Compute(
-            f"scores/{name}",
-            lambda _: {key: [held_out(net, run)["test/accuracy"] for net in found] for key, found in nets.items()},
-            form=lambda: {key: [0.0 for _ in found] for key, found in nets.items()},
-        )
-        return measured
-
-    def train_loss(self, m: Modules, batch: Batch, run: Run) -> Losses:
-        """Cross-entropy of a network on augmented tiny images, with the same augmentation as in distilling."""
-        images = self.augment.augment(batch["pixel_values"])
-        return {"ce": F.cross_entropy(logits(m.net, batch.replace(pixel_values=images)), batch.labels)}
+        specs = self.architectures().items()
+        trainings = {key: [self.training(spec, tensors)] * self.eval_networks for key, spec in specs}
+        return (yield from self.trained(run, name, trainings))
 
     # How it is handed over ------------------------------------------------------------------------------------------
 
@@ -202,6 +136,7 @@ class Condensation(Method):
             paper=self.paper.title,
             results={name: value for name, value in metrics.items() if name.endswith("accuracy")},
             class_names=run.data.facts.class_names,
+            data=self.data.dump() if self.data.kind != "object" else {},
         )
         notes = list(more.pop("notes", []))
         if find_spec("datasets") is None:
