@@ -19,6 +19,22 @@ from stillhouse.registry import INDEX
 
 # The small recipes, made tiny. A method that is missing here fails the test below.
 CONDENSED = ["network={kind: convnet, width: 4, depth: 2}", "eval_epochs=4", "eval_networks=2", "features_epochs=1"]
+KERNEL = [
+    "target.model.channels=[4, 4]",
+    "target.epochs=1",
+    "network.width=[4, 4]",
+    "num_images=6",
+    "pool_size=2",
+    "pool_steps=4",
+    "num_steps=9",
+    "batch_size=16",
+    "eval_epochs=3",
+    "protocols=[probe, finetune, data-free]",
+    "probe_steps=3",
+    "finetune_steps=3",
+    "data_free_epochs=3",
+    "data_free_teacher={kind: trained, model: 'cnn:4', epochs: 1}",
+]
 DRAWN = ["num_steps=6", "batch_size=4", "eval_samples=12", "probe={kind: cnn, channels: [4]}", "probe_epochs=1"]
 SMALL_UNET = "{kind: unet, width: 8, multipliers: [1]}"
 CODED = ["data.size=16", "model.widths=[4]", "model.dense_widths=[8]", "num_steps=8", "batch_size=16"]
@@ -44,6 +60,7 @@ TINY = {
         "regression_steps=3",
     ],
     "herding": CONDENSED,
+    "krr-st": KERNEL,
     "k-center": CONDENSED,
     "random-selection": CONDENSED,
     "kd": ["epochs=1", "teacher.epochs=1", "student.channels=[4, 4]", "teacher.model.channels=[8]"],

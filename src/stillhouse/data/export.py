@@ -344,12 +344,17 @@ _CARD = """---
 {% endif %}
 {{ facts.samples }} images of {{ facts.image[1] }}x{{ facts.image[2] }}\
 {% if facts.images_per_class %}, {{ facts.images_per_class }} per class{% endif %}, \
+{% if facts.labels == "features" %}
+learned so that networks pre-trained on them see {{ facts.source }} as their target model does.
+{% else %}
 learned so that networks trained on them do well on {{ facts.source }}.
+{% endif %}
 Train a fresh network as the protocol above says, and measure it once, after the last step.
 
 - `{{ file.tensors }}` is without loss ({{ facts.bytes }} bytes of values): `images` as networks see them, so that
   pixels are `images * std + mean`, `labels`\
 {% if facts.labels == "logits" %} (logits: train on their softmax){% endif %}\
+{% if facts.labels == "features" %} (representations: train a network's outputs to them by squared error){% endif %}\
 {% if facts.learned_rate is not none %}, and `lr`, the learned step size{% endif %}.
 {% if "dataset" in paths %}
 - `{{ file.dataset }}/` opens with `datasets.load_from_disk`.

@@ -15,7 +15,7 @@ from stillhouse.metrics.differences import Difference, paired_difference
 from stillhouse.metrics.language import token_agreement, token_prediction
 from stillhouse.metrics.neighbours import distance_correlation, neighbour_overlap, retrieval_rank1
 from stillhouse.metrics.regression import regression
-from stillhouse.metrics.representation import effective_dimensions, linear_readout
+from stillhouse.metrics.representation import effective_dimensions, linear_probe, linear_readout
 from stillhouse.metrics.robustness import fgsm_accuracy, noise_accuracy
 from stillhouse.metrics.shots import shot_accuracy
 from stillhouse.metrics.smoothness import smoothness, spread
@@ -32,6 +32,7 @@ __all__ = [
     "fgsm_accuracy",
     "label_robust_score",
     "latency",
+    "linear_probe",
     "linear_readout",
     "mean_total_variation",
     "model_bytes",

@@ -1,6 +1,6 @@
-"""Choosing samples of each class: at random, by herding, by greedy k-centre.
+"""Choosing samples of each class: at random, by herding, by greedy k-centre; or of all, by k-means.
 
-Every function returns positions grouped by ascending class, ``per_class`` of each, so that they start a
+All but :func:`k_means` return positions grouped by ascending class, ``per_class`` of each, so that they start a
 :class:`~stillhouse.modules.distilled.DistilledSet` as they are. Ties go to the lowest position.
 """
 
@@ -109,6 +109,37 @@ def k_center(
             picks.append(distance.argmax())
         chosen.append(members[torch.stack(picks)])
     return torch.cat(chosen)
+
+
+def k_means(features: Float[Tensor, "samples features"], count: int, *, seed: int = 0) -> Int[Tensor, " chosen"]:
+    """The sample nearest to each of ``count`` k-means centres, regardless of classes; ascending positions.
+
+    Args:
+        features: where distances are taken; finite.
+        count: how many.
+        seed: of scikit-learn's start (k-means++), one run of at most 100 iterations.
+
+    Raises:
+        UserError: there are fewer samples, or features are not finite.
+
+    >>> k_means(torch.tensor([[0.0], [0.2], [0.1], [9.0]]), 2).tolist()
+    [2, 3]
+    """
+    from sklearn.cluster import KMeans
+
+    if not 1 <= count <= len(features):
+        raise UserError(f"k-means: {count} centres of {len(features)} samples; ask for 1 to {len(features)}.")
+    own = features.detach().flatten(1).double().cpu()
+    if not bool(torch.isfinite(own).all()):
+        raise UserError("k-means: the features are not finite, so samples cannot be compared.")
+    fitted = KMeans(count, n_init=1, max_iter=100, random_state=seed).fit(own.numpy())
+    centres = torch.from_numpy(fitted.cluster_centers_)
+    distances = torch.cdist(centres, own)
+    taken = torch.zeros(len(own), dtype=torch.bool)
+    for row in distances:
+        # Centres of equal samples may share a nearest one; each sample is taken once.
+        taken[row.masked_fill(taken, torch.inf).argmin()] = True
+    return taken.nonzero().flatten()
 
 
 def _classes(labels: Tensor, per_class: int, features: Tensor | None = None) -> Iterator[Tensor]:
