@@ -73,6 +73,10 @@ def descent_predict(
 
     Raises:
         UserError: shapes that do not fit.
+
+    >>> x, y = torch.eye(2), torch.tensor([[2.0], [4.0]])
+    >>> descent_predict(x, y, x, steps=1).flatten().tolist()  # half a step of each weight, as the trace is 2
+    [1.0, 2.0]
     """
     _check(features, targets, queries)
     phi, wanted, asked = (_exact(x) for x in (features, targets, queries))
