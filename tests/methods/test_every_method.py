@@ -29,6 +29,7 @@ KERNEL = [
     "num_steps=9",
     "batch_size=16",
     "eval_epochs=3",
+    "eval_networks=1",
     "protocols=[probe, finetune, data-free]",
     "probe_steps=3",
     "finetune_steps=3",
