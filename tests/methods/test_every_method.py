@@ -50,6 +50,7 @@ TINY = {
     "datadam": [*CONDENSED, "num_steps=6", "batch_real=4"],
     "dm": [*CONDENSED, "num_steps=6", "batch_real=4"],
     "denoiser": [*DRAWN, f"model={SMALL_UNET}", "eval_steps=[2, 1]"],
+    "clip": ["epochs=2", "batch_size=32", "data.per_class=20", "model.width=6"],
     "dmd2": [
         *DRAWN,
         "generator_every=2",

@@ -9,6 +9,7 @@ torch.Size([32, 1, 8, 8])
 from stillhouse.data.augment import Augment, CropFlip, Kornia, NoAugment, ResizedCrop, Shift
 from stillhouse.data.batch import Batch
 from stillhouse.data.batches import Batches, Stream
+from stillhouse.data.characters import Characters
 from stillhouse.data.classic import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST
 from stillhouse.data.dataset import Data, DataSpec, LongTail, Split, load_data, read_spec
 from stillhouse.data.graphs import Graph, GraphMotifs, TUDataset, padded
@@ -33,6 +34,7 @@ __all__ = [
     "Batch",
     "Batches",
     "CSVData",
+    "Characters",
     "CropFlip",
     "DSprites",
     "Data",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,6 +54,44 @@ def info_nce(
             alike = (b.detach() @ b.detach().T > false_negatives).fill_diagonal_(False)
             logits = logits.masked_fill(alike, -math.inf)
     return F.cross_entropy(logits, torch.arange(len(a), device=a.device))
+
+
+def image_text(
+    images: Float[Tensor, "pairs width"],
+    texts: Float[Tensor, "pairs width"],
+    scale: float | Float[Tensor, ""],
+    *,
+    same: Bool[Tensor, "pairs pairs"] | None = None,
+) -> Float[Tensor, ""]:
+    """Which text belongs to this image, and which image to this text? CLIP's loss (arXiv 2103.00020, figure 3).
+
+    The mean of the cross-entropies over the rows and over the columns of ``scale * images @ texts.T``.
+
+    Args:
+        images: normalised embeddings.
+        texts: those of their texts, in the same order.
+        scale: factor of the cosines, 1 / temperature.
+        same: which texts are equal, so that each of them is a right answer; each pair only its own by default.
+
+    Raises:
+        UserError: shapes that differ, or fewer than 2 pairs.
+
+    >>> eye = torch.eye(4)
+    >>> round(image_text(eye, eye, 1.0).item(), 4)  # log(e + 3) - 1
+    0.7437
+    """
+    if images.shape != texts.shape or images.dim() != 2 or len(images) < 2:
+        raise UserError(
+            "image_text: images and texts are (pairs, width) of one shape and at least 2 pairs, not "
+            f"{tuple(images.shape)} and {tuple(texts.shape)}."
+        )
+    a, b = _wide(images), _wide(texts)
+    with torch.autocast(a.device.type, enabled=False):
+        logits = scale * (a @ b.T)
+    wanted = torch.eye(len(a), dtype=logits.dtype, device=a.device) if same is None else same.to(logits.dtype)
+    wanted = wanted / wanted.sum(1, keepdim=True)
+    # Equal texts make a symmetric relation, so both sides have the same right answers.
+    return (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted)) / 2
 
 
 def noise_contrastive(

@@ -17,6 +17,7 @@ from stillhouse.models.spec import ModelSpec, origin
 from stillhouse.models.standardized import Standardized, StandardizedSpec
 from stillhouse.models.storage import load, load_weights, save
 from stillhouse.models.taps import Taps, resolve_paths
+from stillhouse.models.two_towers import HubTowers, TwoTowers, TwoTowersSpec, load_clip
 from stillhouse.models.vit import ViT, ViTSpec
 from stillhouse.models.weights import count_parameters, fingerprint, freeze, initialise
 
@@ -37,6 +38,7 @@ __all__ = [
     "GNNSpec",
     "GraphNetwork",
     "HubSpec",
+    "HubTowers",
     "ImageNetResNetSpec",
     "ImportSpec",
     "MLPSpec",
@@ -51,6 +53,8 @@ __all__ = [
     "Standardized",
     "StandardizedSpec",
     "Taps",
+    "TwoTowers",
+    "TwoTowersSpec",
     "UNetSpec",
     "ViT",
     "ViTSpec",
@@ -68,6 +72,7 @@ __all__ = [
     "freeze",
     "initialise",
     "load",
+    "load_clip",
     "load_weights",
     "logits",
     "origin",
