@@ -192,3 +192,19 @@ def test_the_split_as_a_map_style_data_set(split):
 def test_a_missing_split_is_named():
     with pytest.raises(UserError, match="has no split 'test'; it has 'train'"):
         in_memory().split("test")
+
+
+def test_batches_drawn_anew(split):
+    """Each without a sample twice, and independent of the others: no pass gives each sample once. Resumes by its position."""
+    stream = split.batches(8, anew=True).open(3)
+    drawn = [next(stream).index for _ in range(stream.per_epoch)]
+    assert all(len(index.unique()) == 8 for index in drawn)
+    assert len(torch.cat(drawn).unique()) < 8 * stream.per_epoch
+    after = next(stream)
+    resumed = split.batches(8, anew=True).open(3)
+    resumed.restore(json.loads(json.dumps({**stream.state(), "position": stream.per_epoch})))
+    assert same(next(resumed), after)
+    halves = [split.batches(4, anew=True).open(3, rank=rank, world=2) for rank in range(2)]
+    assert torch.equal(torch.cat([next(half).index for half in halves]), drawn[0])
+    few = split.batches(4, anew=True, among=torch.tensor([3, 5, 8, 13, 21])).open(0)
+    assert all(set(next(few).index.tolist()) <= {3, 5, 8, 13, 21} for _ in range(5))

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from stillhouse.data import load_data
+from stillhouse.data.dataset import read_spec
 from stillhouse.errors import UserError
 
 datasets = pytest.importorskip("datasets")
@@ -131,3 +132,45 @@ def test_what_cannot_be_read(tmp_path):
         load_data(
             {"kind": "object", "object": datasets.Dataset.from_dict({"x": [1.0], "label": [0]}), "label_column": "labl"}
         )
+
+
+@pytest.mark.parametrize(
+    ("spec", "counts", "shape", "classes"),
+    [
+        ({"path": "uoft-cs/cifar100", "validation": 0}, {"train": 50_000, "test": 10_000}, (3, 32, 32), 100),
+        (
+            {"path": "uoft-cs/cifar100", "label_column": "coarse_label", "train_size": 99},
+            {"train": 99},
+            (3, 32, 32),
+            20,
+        ),
+        ({"path": "ylecun/mnist"}, {"train": 54_000, "validation": 6_000, "test": 10_000}, (1, 28, 28), 10),
+        ({"path": "ylecun/mnist", "image_size": 32, "channels": 3, "long_tail": 10}, {"test": 10_000}, (3, 32, 32), 10),
+        (
+            {"path": "ILSVRC/imagenet-1k", "image_size": 64, "test": 0},
+            {"train": 1_281_167, "validation": 50_000},
+            (3, 64, 64),
+            1000,
+        ),
+    ],
+)
+def test_the_form_of_well_known_sets_is_known_without_them(spec, counts, shape, classes):
+    blank = read_spec({"kind": "hf", **spec}).foreseen()
+    assert counts.items() <= {name: len(split) for name, split in blank.splits.items()}.items()
+    assert blank.facts.inputs == {"pixel_values": shape}
+    assert blank.facts.num_classes == classes
+    batch = blank.split("train").batch(range(3))
+    assert batch["pixel_values"].shape == (3, *shape)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"path": "owner/name"},
+        {"path": "ILSVRC/imagenet-1k"},
+        {"path": "uoft-cs/cifar100", "label_column": "label"},
+        {"path": "uoft-cs/cifar10", "splits": {"train": "test"}},
+    ],
+)
+def test_other_forms_are_not(spec):
+    assert read_spec({"kind": "hf", **spec}).foreseen() is None

@@ -201,7 +201,8 @@ def test_mixings_have_short_names():
         ({"batch_size": 4}, "0.1 of a batch of 4 is not one sample"),
         ({"temperature": 0}, "temperature: it is above 0, or std"),
         ({"temperature": "sdt"}, "temperature"),
-        ({"cache_teacher": True}, "'mix=mixup' mixes the samples of a batch"),
+        ({"cache_teacher": True, "mix": FULL}, "'mix=mixup' mixes the samples of a batch"),
+        ({"cache_teacher": True, "teacher_sees": "parts"}, "teacher_sees=parts asks the teacher of two samples"),
         ({"teacher": torch.nn.Linear(3, 3), "study": True}, "study: it trains the teacher in several ways"),
         ({"also": ["nd-loss"]}, "mix: 'nd-loss' reads class labels, and mixed samples have soft ones"),
     ],
@@ -231,3 +232,29 @@ class Words(torch.nn.Module):
 
     def forward(self, input_ids):
         return self.out(self.table(input_ids))
+
+
+@pytest.mark.parametrize("mix", [{"kind": "mixup", "fraction": 0.25}, {"kind": "cutmix", "fraction": 0.5}])
+def test_whole_samples_are_looked_up_and_mixed_ones_asked_about(mix, tmp_path):
+    asked = []
+
+    class Teacher(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3)
+            self.layer = torch.nn.Linear(64, 10)
+
+        def forward(self, pixel_values):
+            asked.append(len(pixel_values))
+            return self.layer(pixel_values.flatten(1))
+
+    shared = {**SMALL, "teacher": Teacher(), "mix": mix, "compare_alone": False, "settings": {"threads": 1}}
+    plain = sh.distil("mixkd", **shared, out=tmp_path / "plain")
+    asked.clear()
+    stored = sh.distil("mixkd", **shared, cache_teacher=True, out=tmp_path / "stored")
+    for mine, theirs in zip(stored.student.parameters(), plain.student.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    number = round(mix["fraction"] * 64)
+    steps = asked.count(number) if mix["kind"] == "mixup" else sum(size <= number for size in asked)
+    assert steps >= 15, "in training the teacher sees the mixed samples alone"
+    assert "probe/teacher/entropy" in stored.metrics

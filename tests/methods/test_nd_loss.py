@@ -130,3 +130,21 @@ def test_the_defaults_are_the_papers():
 def test_bad_input(fields, sentence):
     with pytest.raises(UserError, match=sentence):
         sh.distil("nd-loss", **{**SMALL, **fields})
+
+
+def test_the_distillation_token_of_deit_is_an_embedding_as_any_other(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DeiTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+    )
+    config.num_channels, config.num_labels = 1, 10
+    student = transformers.DeiTForImageClassificationWithTeacher(config)
+    fields = {**SMALL, "student": student, "student_classifier": "distillation_classifier", "compare_alone": False}
+    result = sh.distil("nd-loss", **fields, settings={"threads": 1})
+    moved = dict(result.student.named_parameters())
+    assert not torch.equal(moved["distillation_classifier.weight"], student.distillation_classifier.weight)
+    batch = load_data("digits").split("test").batch(range(50))
+    with torch.no_grad():
+        seen = result.student.eval()(pixel_values=batch["pixel_values"])
+    torch.testing.assert_close(seen.logits, (seen.cls_logits + seen.distillation_logits) / 2)
+    assert result.metrics["test/embedding_norm"] > 0

@@ -17,6 +17,7 @@ from stillhouse.methods.wiring import Reader
 from stillhouse.models import fingerprint, load
 from stillhouse.modules.joint_head import JointHead
 from stillhouse.modules.views import Views
+from stillhouse.recipe import load_recipe
 
 STUDENT = {"kind": "cnn", "channels": [4, 6]}
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
@@ -287,3 +288,16 @@ def test_defaults_are_the_papers():
     optimizer = method.optimizer
     assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay, optimizer.nesterov) == (0.1, 0.9, 1e-4, False)
     assert optimizer.milestones == (0.5, 0.75)
+
+
+def test_batches_may_be_drawn_anew_as_released(tmp_path):
+    images, labels = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4
+    data = {"train": (images, labels), "test": (images[:8], labels[:8])}
+    fields = {"data": data, "student": "cnn:4", "batch_size": 10, "epochs": 2, "compare_alone": False}
+    found = {}
+    for draws in ("passes", "anew"):
+        result = sh.distil("sla", **fields, draws=draws, out=tmp_path / draws, settings={"threads": 1})
+        found[draws] = torch.cat([p.flatten() for p in result.student.parameters()])
+    assert not torch.equal(found["passes"], found["anew"])
+    assert SLA().draws == "passes"
+    assert load_recipe("sla/paper").method.draws == "anew"

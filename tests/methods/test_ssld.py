@@ -374,6 +374,26 @@ def test_the_fix_stage_moves_the_classifier_alone(tmp_path):
     assert result.metrics["fix/test/accuracy"] == pytest.approx(accuracy, abs=1e-6)
 
 
+def test_the_fix_stage_asks_several_teachers_as_the_stages_before_do(tmp_path):
+    """A teacher of weight 0 teaches nothing there either."""
+    other = Teacher()
+    with torch.no_grad():
+        other.head.weight.mul_(-1)
+    fields = {"fix": {"image_size": 32, "epochs": 2, "lr": 0.1}, "epochs": 1, "teacher_bn": "running"}
+    one = trained(**fields, out=tmp_path / "one")
+    both = trained(**fields, teacher=[Teacher(), other], teacher_weights=[1, 0], out=tmp_path / "both")
+    for mine, theirs in zip(both.student.parameters(), one.student.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_without_labels_the_agreement_is_with_the_teacher_and_not_with_what_is_stored_of_it(tmp_path):
+    write_images(tmp_path / "images", pictures(100, 5)[0])
+    fields = {"data": f"folder:{tmp_path / 'images'}", "epochs": 2, "teacher_bn": "running"}
+    plain = trained(**fields, out=tmp_path / "plain")
+    stored = trained(**fields, cache_teacher=True, out=tmp_path / "stored")
+    assert stored.metrics["validation/agreement"] == plain.metrics["validation/agreement"]
+
+
 def test_stages_of_the_network_have_rates_of_their_own(tmp_path):
     """The backbone that comes out, fine-tuned on other data: small rates at the stem, whole ones at the classifier."""
     fields = {"data": DATA, "model": {"kind": "cnn", "channels": [4, 4, 4]}, "epochs": 1, "batch_size": 12}

@@ -39,6 +39,7 @@ class Batches:
         augment: applied to ``pixel_values`` of each batch, drawing from torch's global generator.
         views: that many fixed views of each sample in turn, one an epoch, in place of a new draw each time; a batch then
             says in ``view`` which one it holds.
+        anew: each batch is drawn from all samples, without one twice; otherwise a pass gives each sample once.
         fields: names of the tensors to fetch; ``None`` takes all. ``index`` always comes along.
         among: positions in the split to stay within; ``index`` still counts in the whole split.
         workers: processes that read a split which is not in memory.
@@ -50,6 +51,7 @@ class Batches:
     drop_last: bool = True
     augment: Augment | None = None
     views: int | None = None
+    anew: bool = False
     fields: tuple[str, ...] | None = None
     among: Int[Tensor, " part"] | None = None
     workers: int = 0
@@ -124,10 +126,13 @@ class Stream:
         if self._stored is None:
             stored = self._streamed()
         else:
-            if epoch != self._order_epoch:
-                self._order = self._permutation(epoch).to(self._stored_on)
-                self._order_epoch = epoch
-            index = self._order[self._slice(step)]
+            if self.batches.anew:
+                index = self._drawn(self.position).to(self._stored_on)
+            else:
+                if epoch != self._order_epoch:
+                    self._order = self._permutation(epoch).to(self._stored_on)
+                    self._order_epoch = epoch
+                index = self._order[self._slice(step)]
             stored = {name: tensor.index_select(0, index) for name, tensor in self._stored.items()}
             stored["index"] = index
         self.position += 1
@@ -174,6 +179,12 @@ class Stream:
             order = torch.arange(count)
         return order if among is None else among[order]
 
+    def _drawn(self, position: int) -> Tensor:
+        """This process's part of the global batch at a position of the stream, of samples drawn for it alone."""
+        generator = torch.Generator().manual_seed(number_of("anew", self.seed, position))
+        chosen = torch.randperm(self._count, generator=generator)[self._slice(0)]
+        return chosen if self.batches.among is None else self.batches.among[chosen]
+
     def _slice(self, step: int) -> slice:
         """This process's part of the step-th global batch within the epoch's order."""
         start = step * self._global_size
@@ -207,9 +218,13 @@ class Positions(Sampler[tuple[int, Tensor]]):
         stream, position, order_epoch = self.stream, self.stream.position, -1
         while True:
             epoch, step = divmod(position, stream.per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = stream._permutation(epoch), epoch
-            yield epoch, order[stream._slice(step)]
+            if stream.batches.anew:
+                # A sample that is drawn again soon is read anew, too.
+                yield position, stream._drawn(position)
+            else:
+                if epoch != order_epoch:
+                    order, order_epoch = stream._permutation(epoch), epoch
+                yield epoch, order[stream._slice(step)]
             position += 1
 
 

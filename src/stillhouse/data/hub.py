@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -12,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from stillhouse.data.blank import Blank
 from stillhouse.data.dataset import Carving, Data, DataSpec, ImageSpec
 from stillhouse.data.images import as_bytes
 from stillhouse.data.sources import MEMORY_LIMIT, InMemory, Seeds, Source, settle, stack
@@ -19,6 +21,34 @@ from stillhouse.data.tables import SPLIT_NAMES, as_classes, is_class, many_numbe
 from stillhouse.data.text import TextFields, Tokenize
 from stillhouse.errors import UnreachableError, UserError, nearest
 from stillhouse.facts import Task
+
+
+@dataclass(frozen=True)
+class Known:
+    """The form of a data set of the hub, for forecasts without it.
+
+    Attributes:
+        counts: samples of its labelled splits.
+        shape: channels, height and width of its images; None where they vary.
+        labels: classes of each column of labels, the one that is read by default first.
+    """
+
+    counts: Mapping[str, int]
+    shape: tuple[int, int, int] | None
+    labels: Mapping[str, int]
+
+
+SMALL = {"train": 50_000, "test": 10_000}
+DIGITS = {"train": 60_000, "test": 10_000}
+KNOWN = {
+    "uoft-cs/cifar10": Known(SMALL, (3, 32, 32), {"label": 10}),
+    "uoft-cs/cifar100": Known(SMALL, (3, 32, 32), {"fine_label": 100, "coarse_label": 20}),
+    "ylecun/mnist": Known(DIGITS, (1, 28, 28), {"label": 10}),
+    "zalando-datasets/fashion_mnist": Known(DIGITS, (1, 28, 28), {"label": 10}),
+    "zh-plus/tiny-imagenet": Known({"train": 100_000, "validation": 10_000}, (3, 64, 64), {"label": 200}),
+    "ILSVRC/imagenet-1k": Known({"train": 1_281_167, "validation": 50_000}, None, {"label": 1000}),
+}
+"""Data sets of images by hub id."""
 
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "intent")
 
@@ -236,6 +266,20 @@ class HubData(HubFields):
     @property
     def title(self) -> str:
         return f"hf:{self.path}" + (f" ({self.config})" if self.config else "")
+
+    def foreseen(self) -> Data | None:
+        known = KNOWN.get(self.path)
+        if known is None or self.splits or self.text_column is not None or self.columns is not None:
+            return None
+        label = self.label_column or next(iter(known.labels))
+        sides = known.shape[1:] if self.image_size is None and known.shape else [self.image_size] * 2
+        if label not in known.labels or None in sides:
+            return None
+        form = {"pixel_values": ((self.channels or (known.shape or (3,))[0], *sides), torch.uint8)}
+        classes = known.labels[label]
+        whole = {name: Blank(count, form, classes) for name, count in known.counts.items()}
+        sources = self.carved(whole, whole["train"].labels)
+        return self.assemble(sources, ["blank"], num_classes=classes, scale=self.scale_of(sources["train"]))
 
     def load(self) -> Data:
         try:

@@ -50,11 +50,12 @@ from stillhouse.methods.supervised import (
     sequences,
 )
 from stillhouse.methods.teacher import TeacherSpec
-from stillhouse.methods.teacher_outputs import TeacherCache, stored_outputs
+from stillhouse.methods.teacher_outputs import PartlyStored, TeacherCache, stored_outputs
 from stillhouse.methods.temperature import Temperature, softened
 from stillhouse.methods.wiring import Pair, Wiring
 from stillhouse.metrics import agreement, latency, mean_total_variation, token_agreement
 from stillhouse.models import IGNORED, ModelSpec, count_parameters, fingerprint, logits
+from stillhouse.modules.mixing import Mixup
 from stillhouse.registry import method_class
 from stillhouse.spec import first_problem
 
@@ -250,13 +251,16 @@ class KnowledgeDistillation(TrainingFields):
             reading = next((o.name for o in self.objectives if "labels" in o.reads), None)
             if reading is not None:
                 raise ValueError(f"mix: {reading!r} reads class labels, and mixed samples have soft ones; use mix=none")
-            mixing = [f"mix={self.mix.kind}"]
+            # Whole samples are looked up, mixed ones are not.
+            whole = isinstance(self.mix, Mixup) and (self.mix.fraction < 1 or self.mix.probability < 1)
+            mixing = [] if whole else [f"mix={self.mix.kind}"]
         deep = [o.name for o in self.objectives if set(o.reads) & {"features", "before", "teacher before", "embedding"}]
         if self.cache_teacher and deep:
             raise ValueError(f"cache_teacher: {deep[0]!r} reads the teacher's features, and only its logits are stored")
         if self.cache_teacher and mixing:
             raise ValueError(
-                f"cache_teacher: {mixing[0]!r} mixes the samples of a batch, so no two steps ask the teacher the same"
+                f"cache_teacher: {mixing[0]!r} mixes the samples of a batch, so no two steps ask the teacher the same; mix a "
+                "fraction of each batch, or set cache_teacher=false"
             )
         if self.cache_teacher and (self.cache_teacher.views is None) != (self.augment.kind == "none"):
             raise ValueError(
@@ -390,7 +394,8 @@ class KnowledgeDistillation(TrainingFields):
         told: list[str] = []
         for name, teacher in teachers.items():
             at_once = max(1, POSITIONS // longest(run.data.split("train"))) if language else 512
-            stored[name], notes = yield from stored_outputs(cache, name, teacher, run, self.augment, at_once)
+            outputs, notes = yield from stored_outputs(cache, name, teacher, run, self.augment, at_once)
+            stored[name] = outputs if self.mix.kind == "none" else PartlyStored(outputs, teacher)
             told += notes
         return stored, told
 

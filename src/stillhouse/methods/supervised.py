@@ -44,6 +44,10 @@ POSITIONS = 4096
 """Positions of sequences that are measured at once: their logits are a vocabulary wide."""
 
 
+MIXED = "is mixed"
+"""Name in a mixed batch of the mask of samples that have two parts; the others are whole samples of the data."""
+
+
 class TrainingFields(Method):
     """Fields shared by methods that train a network on labelled batches."""
 
@@ -78,13 +82,15 @@ class TrainingFields(Method):
         trained: str,
         views: int | None = None,
         split: Split | None = None,
+        anew: bool = False,
     ) -> Stage:
         """A stage over the training split (or another) that measures the module ``trained`` on the validation split.
 
-        With ``views`` it meets that many fixed views of each sample in place of a new augmentation each time.
+        With ``views`` it meets that many fixed views of each sample in place of a new augmentation each time, with ``anew``
+        each batch is drawn from all samples.
         """
         train = run.data.split("train") if split is None else split
-        batches = train.batches(self.batch_size, augment=self.augment, views=views)
+        batches = train.batches(self.batch_size, augment=self.augment, views=views, anew=anew)
         steps = max(1, round(self.epochs * batches.per_epoch(run.world.size) / self.accumulate))
         if self.stage_rates is not None:
             network = modules[trained]
@@ -203,7 +209,9 @@ def made_of(batch: Batch, mixture: Mixture, run: Run) -> Batch:
     if step == run.steps or step % run.settings.log_every == 0:
         share = run.gather(mixture.mixed.float()).mean()
         run.log({"stage": run.stage, "step": step, "mix/mixed": float(share)})
-    return batch.replace(**mixed, **others)
+    found = batch.replace(**mixed, **others, **{MIXED: mixture.mixed})
+    found.aside = batch.aside | {MIXED}
+    return found
 
 
 def hard_loss(model: nn.Module, model_logits: Tensor, batch: Batch, run: Run) -> Tensor:

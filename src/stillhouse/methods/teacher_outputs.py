@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stillhouse.data import Augment, Batch
 from stillhouse.engine import Compute, Run, measuring
 from stillhouse.errors import UserError
+from stillhouse.methods.supervised import MIXED
 from stillhouse.models import fingerprint, logits
 from stillhouse.spec import Spec
 
@@ -70,6 +71,34 @@ class TeacherOutputs(nn.Module):
         views = torch.zeros_like(index) if view is None else view
         found = {name: getattr(self, name)[views, index] for name in self.names}
         return found["logits"] if "logits" in found else dense(found, self.classes)
+
+    def of(self, batch: Batch) -> Tensor:
+        """Logits of a batch of training samples."""
+        said: Tensor = self(batch.index, batch.get("view"))
+        return said
+
+
+class PartlyStored(TeacherOutputs):
+    """Stored logits of samples that are whole, and the teacher's own of those that were mixed.
+
+    Which rows are asked for is known only on the device, so each step waits for it once.
+
+    Args:
+        outputs: the stored logits.
+        teacher: the teacher.
+    """
+
+    def __init__(self, outputs: TeacherOutputs, teacher: nn.Module) -> None:
+        super().__init__({name: outputs.get_buffer(name) for name in outputs.names}, outputs.classes)
+        self.teacher = teacher
+
+    def of(self, batch: Batch) -> Tensor:
+        said = super().of(batch)
+        rows = batch[MIXED].nonzero().flatten()
+        if not len(rows):
+            return said
+        asked = Batch({name: values[rows] for name, values in batch.inputs.items()})
+        return said.index_copy(0, rows, logits(self.teacher, asked).to(said.dtype))
 
 
 def dense(kept: Mapping[str, Tensor], classes: int) -> Float[Tensor, "*rows classes"]:

@@ -346,7 +346,7 @@ def _about(link: Link) -> Callable[[Batch], Outputs]:
 
 
 def _looked_up(stored: TeacherOutputs) -> Callable[[Batch], Outputs]:
-    return lambda batch: Outputs(stored(batch.index, batch.get("view")))
+    return lambda batch: Outputs(stored.of(batch))
 
 
 def _averaged(links: Sequence[Link]) -> Callable[[Batch], Outputs]:

@@ -33,7 +33,7 @@ from stillhouse.losses.logit_matching import standardize
 from stillhouse.methods.distillation import CIFAR_SGD, KnowledgeDistillation, soft_loss
 from stillhouse.methods.supervised import hard_loss, made_of
 from stillhouse.methods.teacher import TrainedTeacher
-from stillhouse.methods.teacher_outputs import TeacherOutputs
+from stillhouse.methods.teacher_outputs import PartlyStored, TeacherOutputs
 from stillhouse.methods.temperature import Temperature
 from stillhouse.methods.wiring import Pair, Wiring
 from stillhouse.metrics import (
@@ -123,6 +123,8 @@ class MixKD(KnowledgeDistillation):
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
+        if self.cache_teacher and self.teacher_sees == "parts":
+            raise ValueError("cache_teacher: teacher_sees=parts asks the teacher of two samples for each; use mixed")
         if self.study and not isinstance(self.teacher, TrainedTeacher):
             raise ValueError("study: it trains the teacher in several ways, so give one to train and no pretrained one")
         return self
@@ -179,7 +181,9 @@ class MixKD(KnowledgeDistillation):
         found: dict[str, float] = {}
         networks = {"student": wiring.student, **wiring.teachers}
         for name, network in networks.items():
-            if isinstance(network, TeacherOutputs):
+            if isinstance(network, PartlyStored):
+                network = network.teacher
+            elif isinstance(network, TeacherOutputs):
                 continue
             with measuring(network):
                 batches = list(split.in_order(512, device=run.world.device))

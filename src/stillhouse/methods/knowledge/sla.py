@@ -104,6 +104,10 @@ class SLA(TrainingFields):
     )
     batch_size: int = Field(128, ge=1, description="images per process and step; the network sees each in all views")
     epochs: float = Field(228, gt=0, description="passes over the training split (80,000 steps on 45,000 images)")
+    draws: Literal["passes", "anew"] = Field(
+        "passes",
+        description="each pass gives each image once; or each batch is drawn anew from all images, as released",
+    )
 
     @model_validator(mode="after")
     def _one_label_per_image(self) -> Self:
@@ -135,6 +139,7 @@ class SLA(TrainingFields):
             held,
             Update(self.loss_of(heads), trains=self.trained(heads), name="loss"),
             trained="student",
+            anew=self.draws == "anew",
         )
         if stage.evaluate is not None:
             stage.evaluate = Evaluation(

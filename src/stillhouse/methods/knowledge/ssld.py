@@ -44,7 +44,7 @@ from stillhouse.losses.logit_matching import jeffreys
 from stillhouse.methods.distillation import KnowledgeDistillation, compare, soft_loss
 from stillhouse.methods.supervised import Supervised, TrainingFields, held_out, quality
 from stillhouse.methods.teacher import PRETRAINED, TeacherSpec
-from stillhouse.methods.wiring import Pair, Reader
+from stillhouse.methods.wiring import Pair, Reader, Wiring
 from stillhouse.metrics import agreement
 from stillhouse.models import BatchStatistics, batch_norms, fingerprint, logits
 from stillhouse.models.layers import classifier
@@ -207,14 +207,16 @@ class SSLD(KnowledgeDistillation):
         metrics: dict[str, float] = {}
         steps = 0
         if self.epochs or self.num_steps:
-            trained = yield from self.student_on(run, "pool", student, asked, self.first(run, whole), whole)
+            trained = yield from self.student_on(run, "pool", student, teachers, asked, self.first(run, whole), whole)
             steps += trained.steps
             metrics |= trained.best
             if self.finetune_epochs:
                 tested = yield Compute("after-pool", lambda _: self.tested(student, run))
                 metrics |= _named("after-pool", tested)
         if self.finetune_epochs:
-            trained = yield from self.student_on(run, "target", student, asked, self.second(run, target), target)
+            trained = yield from self.student_on(
+                run, "target", student, teachers, asked, self.second(run, target), target
+            )
             steps += trained.steps
             metrics |= trained.best
 
@@ -284,6 +286,7 @@ class SSLD(KnowledgeDistillation):
         run: Run,
         name: str,
         student: nn.Module,
+        teachers: Mapping[str, nn.Module],
         asked: dict[str, nn.Module],
         fields: Mapping[str, Any],
         split: Split,
@@ -292,10 +295,11 @@ class SSLD(KnowledgeDistillation):
         method = self.model_copy(update=dict(fields))
         stage, wiring = yield from method.student_stage(run, name, student, asked, split=split)
         if run.data.facts.task != "classification" and stage.evaluate is not None:
-            teacher = next(iter(asked))
+            # The teacher itself: what is stored of it is of the training images.
+            teacher = next(iter(teachers.values())).to(run.world.device)
             stage.evaluate = Evaluation(
                 lambda m: {
-                    "validation/agreement": self.agreeing(m.student, m[teacher], run.data.split("validation"), run)
+                    "validation/agreement": self.agreeing(m.student, teacher, run.data.split("validation"), run)
                 },
                 every=stage.evaluate.every,
                 monitor="validation/agreement",
@@ -347,11 +351,10 @@ class SSLD(KnowledgeDistillation):
         for module in (student, *teachers.values()):
             _takes(module.to(run.world.device), train.batch(range(2), device=run.world.device), fix.image_size)
         head = classifier(student, train.batch(range(2), device=run.world.device))
-        names = list(teachers)
+        wiring = Wiring(self.objectives, student, teachers, run)
 
         def loss(m: Modules, batch: Batch, run: Run) -> Losses:
-            ours, theirs = logits(m.student, batch), [logits(m[name], batch) for name in names]
-            return {"soft": torch.stack([self.soft(ours, one, None, run) for one in theirs]).mean()}
+            return wiring.terms(m, batch)
 
         batches = union([train]).batches(self.batch_size)
         steps = max(1, round(fix.epochs * batches.per_epoch(run.world.size)))
@@ -374,6 +377,7 @@ class SSLD(KnowledgeDistillation):
             evaluate=evaluation,
         )
         yield from self.taught(stage, teachers)
+        wiring.close()
         after = yield Compute("after-fix", lambda _: _on(data, student, run) if labelled else {})
         return {**_named("fix/before", before), **_named("fix", after)}
 
