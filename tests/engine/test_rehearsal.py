@@ -15,7 +15,10 @@ from pydantic import Field
 from torch import nn
 
 from stillhouse.cli import forecasting
-from stillhouse.data import DataSpec, ObjectData
+from stillhouse.data import Data, DataSpec, ObjectData, Split
+from stillhouse.data.looks import Look, looking
+from stillhouse.data.pixels import PixelScale
+from stillhouse.data.sources import Source
 from stillhouse.engine import (
     Compute,
     Evaluation,
@@ -269,6 +272,93 @@ def test_a_computation_that_can_do_a_part_is_not_done_in_full():
     found = rehearse(method(stages), settings=CPU, data=DATA, clock=clock)
     assert found.seconds == pytest.approx(67.0)
     assert max(done) <= 1 / 8
+
+
+class Many(Source):
+    """Images by the million, made when they are asked for; counts how many were."""
+
+    read = 0
+
+    def __len__(self):
+        return 10**6
+
+    def fetch(self, index, seeds=None):
+        Many.read += len(index)
+        return {
+            "pixel_values": (index[:, None, None, None] % 251).expand(-1, 1, 8, 8).to(torch.uint8),
+            "labels": index % 3,
+        }
+
+    @property
+    def labels(self):
+        return torch.arange(len(self)) % 3
+
+
+def many():
+    facts = Facts(inputs={"pixel_values": (1, 8, 8)}, num_classes=3, task="classification", class_names=("a", "b", "c"))
+    scale = PixelScale.of("unit", torch.zeros(1, 1, 8, 8, dtype=torch.uint8), 255)
+    splits = {name: Split(name, facts, Many(), scale=scale) for name in ("train", "validation", "test")}
+    return Data("many", facts, splits, "many", scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("supervised", []),
+        ("kd", ["cache_teacher=true"]),
+        ("nd-loss", []),
+        ("herding", ["eval_networks=1", "images_per_class=2"]),
+        ("autoencoder", []),
+    ],
+)
+def test_of_a_million_samples_few_are_read(name, overrides, monkeypatch, tmp_path):
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "LOOK", 0.01)
+    monkeypatch.setattr(module, "UNTIMED", 200)
+    monkeypatch.setattr(module, "SECONDS", 0.1)
+    monkeypatch.setattr(module, "LONGEST", 0.01)
+    monkeypatch.setattr(Many, "read", 0)
+    recipe = load_recipe(name, [*overrides, "run.device=cpu"])
+    found = rehearse(recipe.method, settings=recipe.settings, data=many())
+    assert found.complete, found.missing
+    # A million is met again and again: only what is read is little.
+    assert Many.read < 200_000
+    assert found.seconds > 10
+
+
+def test_of_a_large_split_evenly_spaced_samples_are_looked_at_and_the_rest_is_counted():
+    clock = Clock()
+    split = Split("test", Facts({}), {"labels": torch.arange(1000)})
+    with looking(Look(20, clock)) as taken:
+        seen = []
+        for batch in split.in_order(8):
+            assert torch.equal(batch.index, batch.labels)
+            seen += batch.labels.tolist()
+            clock.takes(5.0 if len(seen) == 8 else 0.5 * batch.size)
+    assert seen == [50 * place for place in range(20)]
+    assert clock.now + taken.left_out == pytest.approx(11.0 + 0.5 * 980)
+    assert len(list(split.in_order(8))) == 125
+
+
+def test_a_walk_that_is_not_timed_does_each_thing_once():
+    clock, steps = Clock(), []
+
+    def loss(m, batch, run):
+        steps.append(run.step)
+        return ce(m, batch, run)
+
+    def part(place, share):
+        steps.append(share)
+        return 0.0
+
+    def stages(self, run):
+        yield stage(update=Update(loss, {"net": sgd(0.1)}))
+        yield Compute("part", lambda _: pytest.fail("it was run in full"), part=part)
+        return Result(metrics={"test/x": 1.0, "a": 2.0})
+
+    found = rehearse(method(stages), settings=CPU, data=DATA, clock=clock, timed=False)
+    assert found.metrics == ["a", "test/x"]
+    assert len(steps) == 2
 
 
 def test_a_computation_without_parts_is_run_and_its_value_is_the_stored_one():

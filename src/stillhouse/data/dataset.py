@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from stillhouse.data.augment import Augment
 from stillhouse.data.batch import Batch
 from stillhouse.data.batches import Batches
+from stillhouse.data.looks import look
 from stillhouse.data.pixels import PixelScale, PixelSpace, at_size
 from stillhouse.data.sources import MEMORY_LIMIT, Memory, Source, in_chunks
 from stillhouse.data.splits import RULE, balanced_order, carve, long_tailed
@@ -139,8 +140,22 @@ class Split:
         return self.prepare(stored, device=torch.device(device))
 
     def in_order(self, batch_size: int, *, device: torch.device | str = "cpu", workers: int = 0) -> Iterator[Batch]:
-        """Every sample once, in order, for evaluation; the last batch may be smaller."""
+        """Every sample once, in order, for evaluation; the last batch may be smaller.
+
+        A forecast that is :func:`~stillhouse.data.looks.looking` is given evenly spaced samples of a large split.
+        """
         if not len(self):
+            return
+        taken = look()
+        if taken is not None and len(self) > taken.most:
+            took: list[float] = []
+            sizes: list[int] = []
+            began, places = taken.clock(), self._spaced(taken.most)
+            for batch in self.subset(places).in_order(batch_size, device=device, workers=workers):
+                yield batch.replace(index=places[batch.index])
+                now = taken.clock()
+                took, sizes, began = [*took, now - began], [*sizes, batch.size], now
+            taken.count(took, sizes, len(self))
             return
         batches = self.batches(min(batch_size, len(self)), shuffle=False, drop_last=False, workers=workers)
         stream = batches.open(0, device=device)
@@ -160,6 +175,17 @@ class Split:
         if self.facts.task == "classification":
             labels = hard(self.labels)
         return self.subset(balanced_order(labels, len(self), "take")[:count])
+
+    def spaced(self, count: int) -> Split:
+        """So many samples at equal distances from each other, in order; all where there are no more.
+
+        >>> Split("train", Facts({}), {"labels": torch.arange(10)}).spaced(4).labels.tolist()
+        [0, 2, 5, 7]
+        """
+        return self if count >= len(self) else self.subset(self._spaced(count))
+
+    def _spaced(self, count: int) -> Int[Tensor, " part"]:
+        return torch.arange(count) * len(self) // count
 
     def long_tailed(self, ratio: float, most: int | None = None) -> Split:
         """A part of fixed samples in which class sizes fall exponentially; see :func:`~stillhouse.data.splits.long_tailed`.

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.data import Data
+from stillhouse.data.looks import Look, looking
 from stillhouse.engine.checkpoint import Checkpoints
 from stillhouse.engine.distributed import World
 from stillhouse.engine.fit import Fit
@@ -53,8 +54,17 @@ STEPS = 100
 SLOW = 5.0
 """Seconds of a step, or of an evaluation, above which its first time is the only one."""
 
-SHARES = (1 / 32, 1 / 8)
-"""Shares of a computation that are timed where it can do a part of its work."""
+SHARES = (1 / 512, 1 / 256, 1 / 32, 1 / 8)
+"""Shares of a computation that are timed in turn where it can do a part of its work."""
+
+LONGEST = 10.0
+"""Seconds of a share, as the smaller ones foretell, above which it is not taken."""
+
+LOOK = 4.0
+"""Seconds that measuring on one split may take; of a split that would take longer evenly spaced samples are looked at."""
+
+FEWEST, UNTIMED = 64, 10_000
+"""Samples that are looked at, however long they take, and where no step has told yet how long one takes."""
 
 GOLDEN = (5**0.5 - 1) / 2
 """Multiples of it, without their whole part, fill [0, 1] evenly, however many there are."""
@@ -138,6 +148,7 @@ class Forecast:
         device: where it would run.
         data: samples by split, inputs and classes; None where neither the data nor their form is known.
         models: the recipe's models by key path: class and parameters, or a sentence why that is not known.
+        metrics: names of the numbers that the run would end with; None where the walk ended early.
     """
 
     steps: list[Step]
@@ -149,6 +160,7 @@ class Forecast:
     device: str
     data: dict[str, Any] | None
     models: dict[str, dict[str, Any] | str]
+    metrics: list[str] | None = None
 
 
 class Unknown(Exception):
@@ -180,15 +192,18 @@ class Told(Silent):
         untrained: a stage was rehearsed, so a computation may find what it would not find on trained weights.
         hypothetical: blank data or a model without memory takes part, so that nothing can be computed.
         timings: of stages by their description: equal ones are timed once.
+        timed: whether time is forecast; else each thing is done once, on little, to find what is wrong.
+        sample_seconds: of a step, for each of its samples, in the slowest stage so far; None before the first.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
+    def __init__(self, clock: Callable[[], float], *, timed: bool = True) -> None:
+        self.clock, self.timed = clock, timed
         self.said: list[str] = []
         self.missing: list[str] = []
         self.untrained = False
         self.hypothetical = False
         self.timings: dict[str, Timing] = {}
+        self.sample_seconds: float | None = None
 
     def say(self, sentence: str) -> None:
         """Keep it."""
@@ -204,8 +219,12 @@ def rehearse(
     data: Data | None = None,
     world: World | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    timed: bool = True,
 ) -> Forecast:
     """Walk a method without training it, and forecast what a run takes.
+
+    Of large splits evenly spaced samples are looked at, and of computations that can do a part of their work a small one, so
+    that the walk takes seconds whatever the data's size.
 
     Args:
         method: the method.
@@ -215,6 +234,8 @@ def rehearse(
         data: its data; loaded when not given.
         world: the processes.
         clock: what time is read from, in seconds; the processor's, on a machine with other work.
+        timed: False only finds what is wrong, and what would be measured: a step of each kind, a look at few samples; the
+            times are not to be used then, and data or models that are not here are an error.
 
     Raises:
         UserError: the run would stop with it: a field, the data or the description of a stage is wrong.
@@ -223,7 +244,7 @@ def rehearse(
     threads = torch.get_num_threads()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    told = Told(clock)
+    told = Told(clock, timed=timed)
     world = world or World.start(settings.device)
     with (
         tempfile.TemporaryDirectory(prefix="stillhouse-") as place,
@@ -260,6 +281,7 @@ def rehearse(
         str(run.world.device),
         data_,
         models,
+        sorted(result.metrics) if result is not None else None,
     )
 
 
@@ -358,7 +380,7 @@ class Rehearsal(Run):
             return self.method.data.load()
         except UnreachableError as error:
             blank = self.method.data.foreseen()
-            if blank is None:
+            if blank is None or not self.told.timed:
                 raise
             self.told.missing.append(
                 f"{str(error).rstrip('.')}; its form is known, so stages are listed, and not timed."
@@ -400,6 +422,8 @@ class Rehearsal(Run):
                 reply = self._handle(item, index, names)
                 index += 1
         except UnreachableError as error:
+            if not self.told.timed:
+                raise
             self.told.missing.append(str(error))
         except Unknown as unknown:
             self.told.missing.append(str(unknown))
@@ -500,22 +524,39 @@ class Rehearsal(Run):
             step.memory = self.memory.leave()
 
     def _timed_whole(self, item: Compute, place: Path) -> float:
-        began = self._clock()
-        self._store(item.fn, place)
-        return self._clock() - began
+        return self._looked(lambda: self._store(item.fn, place))
+
+    def _looked(self, act: Callable[[], None]) -> float:
+        """What an act takes that may look at splits; of large ones it is given evenly spaced samples."""
+        most, each = UNTIMED, self.told.sample_seconds
+        if not self.told.timed:
+            most = FEWEST
+        elif each is not None:
+            most = max(FEWEST, int(self.world.from_main(LOOK / max(each, 1e-9))))
+        with looking(Look(most, self._clock)) as taken:
+            began = self._clock()
+            act()
+            return self._clock() - began + taken.left_out
 
     def _timed_part(self, item: Compute, part: Callable[[Path, float], Any], place: Path) -> float:
-        small, large = SHARES
-        times = []
-        for share in (small, small, large):
+        def timed(share: float) -> float:
             self.place("compute")
             began = self._clock()
-            self._store(lambda files, share=share: part(files, share), place)  # type: ignore[misc]
-            times.append(self._clock() - began)
-        first, least, more = times
-        each = max(0.0, more - least) / (large - small)
+            self._store(lambda files: part(files, share), place)
+            return self._clock() - began
+
+        first = timed(SHARES[0])
+        if not self.told.timed:
+            return first
+        (small, least), (large, more) = [(share, timed(share)) for share in SHARES[:2]]
         # What only the first time takes, such as imports, is taken once.
-        return max(first, least) + each * (1 - small)
+        once = max(0.0, first - least)
+        for share in SHARES[2:]:
+            foretold = more + max(0.0, more - least) / (large - small) * (share - large)
+            if self.world.from_main(foretold > LONGEST):
+                break
+            (small, least), (large, more) = (large, more), (share, timed(share))
+        return once + more + max(0.0, more - least) / (large - small) * (1 - large)
 
     @staticmethod
     def _store(fn: Callable[[Path], Any], place: Path) -> None:
@@ -587,7 +628,7 @@ class Rehearsal(Run):
         for kind in kinds:
             first[kind] = self._time_step(fit, places[kind][0], 1)
         began = self._clock()
-        for number in range(1, STEPS + 1):
+        for number in range(1, STEPS + 1) if self.told.timed else ():
             for kind in kinds:
                 if first[kind] < SLOW and number < len(places[kind]):
                     taken[kind].append(self._time_step(fit, places[kind][number], at_once))
@@ -601,6 +642,9 @@ class Rehearsal(Run):
             usual = (fmean if called else median)(taken[kind] or [first[kind]])
             timing.by_pattern[kind] = usual
             timing.once += max(0.0, first[kind] - usual)
+        if stage.batches is not None:
+            slowest = max(timing.by_pattern.values()) / stage.batches.global_size(1)
+            self.told.sample_seconds = max(slowest, self.told.sample_seconds or 0.0)
 
     def _time_step(self, fit: Fit, step: int, times: int) -> float:
         began = self._clock()
@@ -641,6 +685,8 @@ class Rehearsal(Run):
             timing.recording[name] = self._clock() - began
         state = fit._state()
         size = sum(t.numel() * t.element_size() for t in tensors_of(state))
+        if not self.told.timed:
+            return
         if shutil.disk_usage(self.scratch).free > 4 * size:
             began = self._clock()
             place = self._room("checkpoint") / "end"
@@ -658,9 +704,8 @@ class Rehearsal(Run):
         times = []
         for _ in range(2):
             began = self._clock()
-            act()
-            times.append(self._clock() - began)
-            if self.world.from_main(times[0] > SLOW):
+            times.append(self._looked(act))
+            if self.world.from_main(self._clock() - began > SLOW or not self.told.timed):
                 break
         return max(0.0, times[0] - times[-1]), times[-1]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Generator, Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +12,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stillhouse.data import Augment, Batch
+from stillhouse.data import Augment, Batch, Split
 from stillhouse.engine import Compute, Run, measuring
 from stillhouse.errors import UserError
 from stillhouse.methods.supervised import MIXED
@@ -55,7 +54,8 @@ class TeacherOutputs(nn.Module):
 
     Args:
         stored: ``logits`` (views, samples, ..., classes); or ``top`` (views, samples, ..., k), the largest logits, ``place``,
-            their classes, and ``rest``, the logit that stands for each of the others.
+            their classes, and ``rest``, the logit that stands for each of the others. Where a forecast stored those of fewer
+            samples, they stand for all.
         classes: number of classes.
     """
 
@@ -69,7 +69,8 @@ class TeacherOutputs(nn.Module):
     def forward(self, index: Int[Tensor, " batch"], view: Int[Tensor, " batch"] | None = None) -> Tensor:
         """Logits of the samples at ``index``."""
         views = torch.zeros_like(index) if view is None else view
-        found = {name: getattr(self, name)[views, index] for name in self.names}
+        places = index.remainder(getattr(self, self.names[0]).shape[1])
+        found = {name: getattr(self, name)[views, places] for name in self.names}
         return found["logits"] if "logits" in found else dense(found, self.classes)
 
     def of(self, batch: Batch) -> Tensor:
@@ -158,14 +159,14 @@ def stored_outputs(
     ]
     key = json.dumps([*parts, cache.version, torch.__version__, run.world.device.type, torch.get_num_threads()])
 
-    def compute(_: Path) -> dict[str, Any]:
+    def compute(split: Split) -> dict[str, Any]:
         teacher.to(run.world.device)
         found: list[dict[str, Tensor]] = []
         worst, total, rows = 0.0, 0.0, 0
         classes = 0
         with measuring(teacher):
-            batches = train.batches(
-                min(at_once, len(train)), shuffle=False, drop_last=False, augment=augment, views=views
+            batches = split.batches(
+                min(at_once, len(split)), shuffle=False, drop_last=False, augment=augment, views=views
             )
             for batch in _passes(batches, views, run):
                 out = logits(teacher, batch)
@@ -179,11 +180,16 @@ def stored_outputs(
                 found.append({key: tensor.cpu() for key, tensor in kept.items()})
                 worst, total, rows = max(worst, float(mass.max())), total + float(mass.sum()), rows + mass.numel()
         whole = {key: torch.cat([part[key] for part in found]) for key in found[0]}
-        tensors = {key: tensor.view(views, len(train), *tensor.shape[1:]) for key, tensor in whole.items()}
+        tensors = {key: tensor.view(views, len(split), *tensor.shape[1:]) for key, tensor in whole.items()}
         bound = {"largest": worst, "mean": total / rows} if rows else {}
         return {"tensors": tensors, "classes": classes, "bound": bound}
 
-    stored = yield Compute(f"{name}-outputs", compute, key=key)
+    stored = yield Compute(
+        f"{name}-outputs",
+        lambda _: compute(train),
+        key=key,
+        part=lambda _, share: compute(train.spaced(max(1, round(share * len(train))))),
+    )
     notes = []
     if bound := stored["bound"]:
         notes.append(

@@ -54,7 +54,7 @@ class Condensation(Scoring):
             labels = torch.arange(classes).repeat_interleave(self.images_per_class)
             provenance["start"] = "noise"
             return DistilledSet(made["images"], labels, num_classes=classes, provenance=provenance, **space)
-        features: Callable[[], Tensor] = lambda: torch.empty(0)  # noqa: E731
+        features: Callable[[Split], Tensor] = lambda _: torch.empty(0)  # noqa: E731
         if how != "random":
             spec = self.features_network or self.architecture()
             if self.features_epochs > 0:
@@ -63,11 +63,20 @@ class Condensation(Scoring):
                 model = trained.model
             else:
                 model = spec.build(facts).to(run.world.device)
-            features = partial(penultimate, model, split, run)
+            features = partial(penultimate, model, run)
+
+        def some(share: float) -> Tensor:
+            """A share of the work, and as many images as are chosen."""
+            part = split.spaced(max(1, round(share * len(split))))
+            fewest = int(torch.unique_consecutive(part.labels.sort().values, return_counts=True)[1].min())
+            select(how, part.labels, min(self.images_per_class, fewest), partial(features, part))
+            return random_selection(split.labels, self.images_per_class)
+
         chosen = yield Compute(
             "start",
-            lambda _: select(how, split.labels, self.images_per_class, features),
+            lambda _: select(how, split.labels, self.images_per_class, partial(features, split)),
             form=lambda: random_selection(split.labels, self.images_per_class),
+            part=lambda _, share: some(share),
         )
         images = torch.cat([split.batch(part)["pixel_values"] for part in chosen.split(512)])
         # Selections are grouped by class already, so these are the positions of the images in their order.
@@ -177,7 +186,7 @@ def select(how: Start, labels: Tensor, per_class: int, features: Callable[[], Te
             return random_selection(labels, per_class)
 
 
-def penultimate(model: nn.Module, split: Split, run: Run) -> Tensor:
+def penultimate(model: nn.Module, run: Run, split: Split) -> Tensor:
     """What the last linear layer of a network reads, for every sample of a split."""
     last = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not last:

@@ -216,11 +216,12 @@ def rest_in_range(split: Split, name: str) -> Generator[Compute, Any, None]:
         if low >= 0 and high <= 1:
             return
 
-    def read(_: Path) -> Tensor:
-        extents = torch.tensor([_extent(split, field, chunk[field]) for chunk in in_chunks(source)])
+    def read(_: Path, share: float = 1.0) -> Tensor:
+        part = split.spaced(max(1, round(share * len(split)))).source
+        extents = torch.tensor([_extent(split, field, chunk[field]) for chunk in in_chunks(part)])
         return torch.stack([extents[:, 0].amin(), extents[:, 1].amax()])
 
-    low, high = (yield Compute("range", read, form=lambda: torch.tensor([0.0, 1.0]))).tolist()
+    low, high = (yield Compute("range", read, part=read, form=lambda: torch.tensor([0.0, 1.0]))).tolist()
     _refuse_outside((low, high), name)
 
 
