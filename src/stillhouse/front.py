@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 from stillhouse.data import ObjectData
 from stillhouse.engine import Listener, Result, Run, RunDirectory, World
+from stillhouse.engine.rundir import refuse_foreign
 from stillhouse.errors import UserError, nearest
 from stillhouse.recipe import Recipe, build_recipe, load_recipe
 from stillhouse.registry import method_class
@@ -103,9 +104,11 @@ def run_recipe(
         options: see :class:`~stillhouse.engine.Run`.
 
     Raises:
-        UserError: ``out`` holds a run of another recipe.
+        UserError: ``out`` holds a run of another recipe, or something else.
     """
     world = world or World.start(recipe.settings.device)
+    if world.is_main:
+        refuse_foreign(out)
     directory = RunDirectory(out, writes=world.is_main)
     directory.lock()
     threads = torch.get_num_threads()

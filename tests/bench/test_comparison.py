@@ -5,16 +5,18 @@ import math
 import sys
 
 import pytest
+import torch
 from scipy import stats
 
 import stillhouse as sh
 from stillhouse.bench.arms import PLAIN
-from stillhouse.bench.comparison import Comparing, chosen, common, latencies, measured
+from stillhouse.bench.comparison import Comparing, _difference, chosen, common, latencies, measured
 from stillhouse.cli import main
 from stillhouse.engine import Interrupted, Signals
 from stillhouse.errors import UserError
 from stillhouse.front import run_recipe
 from stillhouse.recipe import build_recipe
+from stillhouse.report.comparison import tables
 
 TINY = ["teacher.epochs=1", "epochs=1", "evaluations=2", "student.channels=[4]", "run.device=cpu"]
 
@@ -181,6 +183,7 @@ def test_directories_of_other_things_are_refused(found, home, tmp_path):
     (tmp_path / "letter.txt").write_text("dear reader")
     with pytest.raises(UserError, match="holds other files"):
         sh.compare("kd", out=tmp_path, overrides=TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
 def test_interrupted_it_goes_on_to_the_same_numbers(found, home):
@@ -197,16 +200,116 @@ def test_interrupted_it_goes_on_to_the_same_numbers(found, home):
         assert went_on.arm(arm.name).metrics == arm.metrics
 
 
-def test_a_run_that_diverges_is_reported_and_not_repeated(home, tmp_path):
+def test_an_arm_that_diverges_is_a_row_and_not_repeated(home, tmp_path, command):
     (tmp_path / "wild.yaml").write_text("method: kd\noptimizer: {name: sgd, lr: 1.0e30}\n")
-    arguments = {"seeds": 1, "out": home / "e", "overrides": [*TINY, "student.channels=[4, 8]"], "own": ["optimizer"]}
-    with pytest.raises(UserError, match="every run of wild failed"):
-        sh.compare("kd", str(tmp_path / "wild.yaml"), **arguments)
+    overrides = [*TINY, "student.channels=[4, 8]"]
+    arguments = {"seeds": 1, "out": home / "e", "overrides": overrides, "own": ["optimizer"]}
+    told = sh.compare("kd", str(tmp_path / "wild.yaml"), **arguments)
+    assert told.arm("wild").metrics["test/accuracy"]["mean"] is None
+    assert told.arm("wild").cost["seconds"] is None
+    assert told.arm("kd").differences["test/accuracy"]["pairs"] == 1
     seen = Seen()
-    with pytest.raises(UserError, match="every run of wild failed"):
-        sh.compare("kd", str(tmp_path / "wild.yaml"), watch=seen, **arguments)
+    again = sh.compare("kd", str(tmp_path / "wild.yaml"), watch=seen, **arguments)
     assert seen.began == []
-    assert "NaN or infinite" in json.loads((home / "e" / "runs" / "wild-0" / "failed.json").read_text())["error"]
+    [failure] = [run["failure"] for run in again.arm("wild").runs]
+    assert "NaN or infinite" in failure
+    assert f"wild failed with every seed: {failure}" in again.findings
+    files = ["kd", str(tmp_path / "wild.yaml")]
+    code, said = command("compare", *files, "--seeds", "1", "--out", "e", "--own", "optimizer", *overrides)
+    assert code == 1
+    assert "failed: stage" in " ".join(said.out.split()) or "NaN or infinite" in said.out
+    assert "NaN or infinite" in (home / "e" / "comparison.html").read_text()
+
+
+def test_an_arm_that_fails_stops_no_other_and_is_tried_again(home, monkeypatch):
+    from stillhouse.methods.language.sinkd import SinKD
+
+    overrides, whole = [*TINY, "data.train_size=200"], SinKD.terms
+
+    def broken(self, pair, run):
+        if run.step == 1:
+            raise RuntimeError("the tensor is too long\nand more")
+        return whole(self, pair, run)
+
+    monkeypatch.setattr(SinKD, "terms", broken)
+    seen = Seen()
+    told = sh.compare("kd", "sinkd", seeds=2, out=home / "o", overrides=overrides, watch=seen)
+    assert [run for run, how in seen.ended if how.startswith("finished")] == [
+        "kd-0",
+        "plain-student-0",
+        "kd-1",
+        "plain-student-1",
+    ]
+    assert {run["failure"] for run in told.arm("sinkd").runs} == {"RuntimeError: the tensor is too long"}
+    assert told.arm("kd").differences["test/accuracy"]["pairs"] == 2
+    monkeypatch.undo()
+    seen = Seen()
+    told = sh.compare("kd", "sinkd", seeds=2, out=home / "o", overrides=overrides, watch=seen)
+    assert seen.began == ["sinkd-0", "sinkd-1"]
+    assert told.arm("sinkd").differences["test/accuracy"]["pairs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("methods", "arguments", "sentence"),
+    [
+        (
+            ("kd", "sinkd"),
+            {"metric": "test/acuracy"},
+            "not every arm measures 'test/acuracy'; did you mean 'test/accuracy'",
+        ),
+        (("kd", "sinkd"), {"metric": "test/accuracy:biggest"}, "'biggest' says not whether"),
+        (("kd",), {"student": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(7, 10))}, "kd"),
+        (("kd",), {"teacher": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 7))}, "kd"),
+    ],
+)
+def test_what_is_wrong_with_an_arm_is_said_before_anything_is_run(methods, arguments, sentence, home):
+    seen, overrides = Seen(), ["epochs=1", "run.device=cpu", "data.train_size=100"]
+    with pytest.raises(UserError) as error:
+        sh.compare(*methods, seeds=1, out=home / "p", overrides=overrides, watch=seen, **arguments)
+    assert sentence in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert seen.began == []
+    assert not (home / "p").exists()
+
+
+def pairs(ours, theirs, metric="test/accuracy", sign=1):
+    return _difference([a - b for a, b in zip(ours, theirs, strict=True)], [*ours, *theirs], metric, sign)
+
+
+def test_without_variation_over_seeds_there_is_no_verdict():
+    told = pairs([0.9, 0.9, 0.9], [0.8, 0.8, 0.8])
+    assert (told["interval"], told["verdict"]) == (None, "no variation over seeds")
+    assert pairs([0.9, 0.7], [0.9, 0.7])["verdict"] == "equal in every seed"
+    assert pairs([1.0, 1.0], [1.0, 1.0])["verdict"] == "both at the limit"
+    assert pairs([0.0, 0.0], [0.0, 0.0], "test/mse", -1)["verdict"] == "both at the limit"
+    assert pairs([0.9], [0.8])["verdict"] == "one seed"
+    assert pairs([0.9, 0.91, 0.9], [0.5, 0.5, 0.5])["verdict"] == "better"
+    assert pairs([0.9, 0.5], [0.5, 0.9])["verdict"] == "within noise"
+
+
+def test_runs_that_are_equal_in_every_seed_are_said_to_be(home, tmp_path):
+    for name, temperature in (("one", 2), ("two", 4)):
+        (tmp_path / f"{name}.yaml").write_text(f"method: kd\nweight_soft: 0.0\ntemperature: {temperature}\n")
+    files = [str(tmp_path / f"{name}.yaml") for name in ("one", "two")]
+    told = sh.compare(*files, seeds=2, out=home / "q", overrides=[*TINY, "data.train_size=200"], baseline="one")
+    assert told.arm("two").differences["test/accuracy"]["verdict"] == "equal in every seed"
+    assert "two and one are equal in test/accuracy with every seed: there is nothing to judge by." in told.findings
+    assert "equal in every seed" in (home / "q" / "comparison.html").read_text()
+
+
+def test_an_arm_that_is_not_run_as_its_recipe_says_is_marked(home, tmp_path):
+    (tmp_path / "best.yaml").write_text(
+        "method: sinkd\ndata: digits\nteacher: {kind: trained, model: mlp}\nstudent: mlp\ntemperature: 3\n"
+    )
+    methods = ("kd", str(tmp_path / "best.yaml"))
+    told = sh.compare(*methods, seeds=1, out=home / "r", overrides=[*TINY, "data.train_size=200"])
+    [note] = [note for note in told.notes if "best is not run as its recipe says" in note]
+    assert "teacher, student" in note
+    assert "of kd; " in note
+    assert "--own student" in note
+    [(_, _, quality), *_] = tables(told.dump())
+    assert [row[0] for row in quality] == ["kd", "best \N{DAGGER}", PLAIN]
+    assert "best &#8224;" in (home / "r" / "comparison.html").read_text()
 
 
 def test_one_failed_seed_leaves_the_others_paired(found, home):
@@ -235,8 +338,6 @@ def test_an_unequal_budget_is_flagged(tmp_path, home):
 
 
 def test_objects_of_ones_own_are_compared_in_this_process(home):
-    import torch
-
     x = torch.randn(120, 6)
     y = (x[:, 0] > 0).long()
     own = {"teacher": torch.nn.Linear(6, 2), "student": torch.nn.Linear(6, 2), "data": (x, y), "epochs": 1}
@@ -324,6 +425,20 @@ def test_the_command_prints_tables_and_names_the_page(found, command):
     assert "95 % interval" in text
     assert "training time" in text
     assert "page: c/comparison.html" in text
+
+
+def test_the_page_is_written_again(found, command, home):
+    page = home / "c" / "comparison.html"
+    before = page.read_text()
+    page.unlink()
+    code, said = command("report", "c")
+    assert (code, said.out) == (0, "c/comparison.html\n")
+    assert page.read_text() == before
+    (home / "begun").mkdir()
+    (home / "begun" / "plan.json").write_text("{}")
+    code, said = command("report", "begun")
+    assert code == 2
+    assert "has not ended, which has no page yet" in said.err
 
 
 def test_json_is_alone_on_standard_output(found, command, home):

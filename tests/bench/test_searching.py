@@ -155,9 +155,9 @@ def test_only_validation_numbers_of_the_runs_own_stages_count(tmp_path):
     own = judge(tmp_path, rows=[row(5, validation__accuracy=0.5, test__accuracy=0.9)])
     own.measured("student", 5, "test/accuracy", 0.9, "max")
     own.measured("model", 5, "validation/accuracy", 0.7, "max")
-    assert own.score(best=False) is None
+    assert own.score({}, best=False) is None
     own.measured("student", 5, "validation/accuracy", 0.5, "max")
-    assert own.score(best=False) == 0.5
+    assert own.score({}, best=False) == 0.5
 
 
 def test_who_goes_on_with_a_trial_knows_what_was_measured(tmp_path):
@@ -169,7 +169,7 @@ def test_who_goes_on_with_a_trial_knows_what_was_measured(tmp_path):
     for step in (2, 3):
         second.measured("student", step, "validation/accuracy", step / 10, "max")
     assert second.trial.told == [(0, 0.1), (1, 0.2), (2, 0.3)]
-    assert second.score(best=False) == second.score(best=True) == 0.3
+    assert second.score({}, best=False) == second.score({}, best=True) == 0.3
 
 
 def test_the_weights_that_are_kept_decide(tmp_path):
@@ -177,7 +177,24 @@ def test_the_weights_that_are_kept_decide(tmp_path):
     told = judge(tmp_path, rows=rows)
     for step, value in ((1, 0.9), (2, 0.4)):
         told.measured("student", step, "validation/accuracy", value, "max")
-    assert (told.score(best=True), told.score(best=False)) == (0.9, 0.4)
+    assert (told.score({}, best=True), told.score({}, best=False)) == (0.9, 0.4)
+
+
+def test_the_number_of_the_result_decides_where_it_has_one(tmp_path):
+    told = judge(tmp_path, rows=[row(1, validation__accuracy=0.9)])
+    told.measured("student", 1, "validation/accuracy", 0.9, "max")
+    assert told.score({"validation/accuracy": 0.5, "test/accuracy": 0.1}, best=True) == 0.5
+    assert told.score({"validation/accuracy": float("nan")}, best=True) == 0.9
+
+
+def test_the_best_trials_number_is_that_of_its_result(found, home):
+    import json
+
+    for trial in found.trials:
+        if trial["state"] == "finished":
+            ended = json.loads((home / "s" / "runs" / trial["run"] / "metrics.json").read_text())
+            assert trial["value"] == ended[found.metric]
+            assert not [name for name in ended if name.startswith("test/")]
 
 
 def test_a_trial_that_diverges_is_no_candidate(home):
@@ -239,6 +256,9 @@ def test_without_ranges_weights_and_temperatures_are_searched():
         ("kd", ["divergence=kl|jss"], "divergence: "),
         ("kd", ["temperature=1..4", "temperature=2..8"], "temperature has two ranges"),
         ("datadam", [], "scores its set on the test split alone"),
+        ("dmd2", ["guidance_scale=1..2"], "dmd2 measures nothing on the validation split while it trains"),
+        ("qlae", [], "qlae measures nothing on the validation split"),
+        ("kd", ["temperature=1..2", "student.kind=text_encoder"], "kd"),
         ("supervised", [], "has no weights or temperatures"),
         ("autoencoder", ["batch_size=8..16", "num_steps=2", "data.size=16"], "no validation split"),
     ],
@@ -254,7 +274,7 @@ def test_mistakes_are_one_sentence(source, arguments, sentence, tmp_path, monkey
     assert stderr.count("\n") == 1
 
 
-def test_a_method_that_measures_nothing_on_validation_is_refused(home):
+def test_a_method_that_measures_nothing_on_validation_is_refused_before_anything_is_made(home):
     with pytest.raises(UserError, match="measures nothing on the validation split"):
         sh.search(
             "autoencoder",
@@ -263,6 +283,7 @@ def test_a_method_that_measures_nothing_on_validation_is_refused(home):
             out=home / "a",
             overrides=["num_steps=2", "data=digits", "data.pixels=unit"],
         )
+    assert not (home / "a").exists()
 
 
 def test_the_command_says_what_was_searched_and_what_the_test_number_is(found, home, monkeypatch, capsys):
@@ -285,6 +306,16 @@ def test_the_command_says_what_was_searched_and_what_the_test_number_is(found, h
     page = (home / "s" / "search.html").read_text()
     assert "No trial has seen the test split" in page
     assert page.count('class="chosen"') >= 3, "the best trial is marked in each picture"
+
+
+def test_the_page_of_a_search_is_written_again(found, home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "argv", ["stillhouse", "report", "s"])
+    (home / "s" / "search.html").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert (stopped.value.code, capsys.readouterr().out) == (0, "s/search.html\n")
+    assert (home / "s" / "search.html").exists()
 
 
 def test_a_comparisons_directory_is_no_searchs(found, home):

@@ -185,6 +185,21 @@ def test_what_is_wrong_from_the_start_leaves_no_directory(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["info", "run", "resume", "report"])
+def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("dear reader")
+    (tmp_path / "file").write_text("x")
+    for place, sentence in (
+        ("thesis", "thesis holds other files, such as 'chapter.tex'; choose"),
+        ("file", "file is a file;"),
+    ):
+        done = stillhouse("run", "sinkd", *TINY, "--out", place, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert sentence in done.stderr
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+
+
 def test_a_missing_argument_is_named(command, tmp_path):
     done = stillhouse(command, cwd=tmp_path)
     assert done.returncode == 2

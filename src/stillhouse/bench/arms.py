@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,21 +79,34 @@ def arrange(
             for name in shared(type(arm.recipe.method), cls):
                 if name not in taken and name not in own:
                     values[name], taken[name] = getattr(arm.recipe.method, name), arm.name
-        aside = [name for name in taken if _plain(values[name]) != _plain(getattr(recipe.method, name))]
+        # What the user set for all is no arm's to give up.
+        mine = _with(recipe, {name: value for name, value in given.items() if name in cls.model_fields}, overrides)
+        aside = [name for name in taken if _plain(values[name]) != _plain(getattr(mine, name))]
         values |= {name: value for name, value in given.items() if name in cls.model_fields and name not in taken}
-        mine = [text for text in overrides if _head(text) in cls.model_fields and _head(text) not in taken]
+        own_texts = [text for text in overrides if _head(text) in cls.model_fields and _head(text) not in taken]
         if issubclass(cls, KnowledgeDistillation) and "compare_alone" not in (*given, *map(_head, overrides)):
             # The student alone is an arm of its own.
             values["compare_alone"] = False
         values |= {"method": recipe.method.name, "run": arms[0].recipe.settings if arms else None}
         if not arms:
             values["run"] = {**recipe.settings.dump(), **(settings or {})}
-            mine += [text for text in overrides if _head(text) == "run"]
-        made = build_recipe(values, mine, where=source)
-        # What the user set for all is no arm's to give up.
-        changed = tuple(name for name in aside if name not in (*given, *map(_head, overrides), "compare_alone"))
+            own_texts += [text for text in overrides if _head(text) == "run"]
+        made = build_recipe(values, own_texts, where=source)
+        changed = tuple(name for name in aside if name != "compare_alone")
         arms.append(Arm(_name(source, arms), source, replace(made, source=source), taken, changed))
     return arms + _added(arms)
+
+
+def _with(recipe: Recipe, given: Mapping[str, Any], overrides: Sequence[str]) -> Method:
+    """The method of a recipe with what was set for all arms; of overrides those that suit its own values."""
+    method = recipe.method
+    for text in overrides:
+        if _head(text) in type(method).model_fields:
+            values = {name: getattr(method, name) for name in type(method).model_fields} | {"method": method.name}
+            with suppress(UserError):  # Such as the channels of a student that has none: the field is taken over whole.
+                method = build_recipe(values, [text]).method
+    values = {name: getattr(method, name) for name in type(method).model_fields} | dict(given)
+    return build_recipe(values | {"method": method.name}).method if given else method
 
 
 def shared(one: type[Method], other: type[Method]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 
 from stillhouse.bench.arms import Arm, arrange, baseline_of
+from stillhouse.bench.checking import MISTAKES, check, reason
 from stillhouse.bench.watching import Unwatched, Watcher
 from stillhouse.bench.work import Watch, Work, digest, make_all
 from stillhouse.engine import Signals, measuring
@@ -27,6 +28,7 @@ from stillhouse.methods.supervised import Supervised
 from stillhouse.metrics import latency, paired_difference
 from stillhouse.models import logits
 from stillhouse.recipe import Recipe, build_recipe
+from stillhouse.report.formatting import GAVE_WAY, signed
 from stillhouse.report.reading import RunFiles, direction, needs_objects, read_run
 
 if TYPE_CHECKING:
@@ -39,6 +41,11 @@ COSTS = ("seconds", "peak_memory", "latency", "parameters")
 
 ALIKE = 0.02
 """Where all arms differ in a cost by less than this share, none is on a front: it is the same, or noise."""
+
+NOISE, ONE_SEED = "within noise", "one seed"
+UNVARIED, EQUAL = "no variation over seeds", "equal in every seed"
+SATURATED = "both at the limit"
+"""Verdicts on differences that say nothing of which is better."""
 
 ROUNDS = 5
 """Rounds over all arms in which latencies are taken."""
@@ -62,7 +69,7 @@ class ArmResult:
         unequal: how its budget differs from the baseline's, in words; None where it is equal.
         metrics: per metric its ``values`` (one per seed, None where there is none), ``mean`` and ``std`` of those there are.
         differences: per metric the paired difference to the baseline: ``mean``, ``std``, ``interval`` (95 %, Student's t),
-            ``pairs`` (their number), and ``verdict``: better, worse, or within noise. Empty for the baseline.
+            ``pairs`` (their number), and ``verdict``: better, worse, within noise, or why there is none. Empty for the baseline.
         cost: numbers by name, see :data:`COSTS`; None where it is not known. Time is the median over seeds, memory the most.
         front: the costs against which no other arm is at least as good in both and better in one.
     """
@@ -195,22 +202,38 @@ class Comparing(Work):
         return replace(self.recipes[arm], seed=seed)
 
     def make(self, taken: Taken, watcher: Watcher) -> str:
-        """Make a run; one that diverges is written down as failed, and the comparison goes on without it."""
+        """Make a run; one that fails is written down as failed, and the comparison goes on without it."""
         place = self.place(taken.run)
         about = self.told(taken.run)
         try:
             result = run_recipe(
                 self.recipe(taken.run), place, cache=self.cache, listener=watcher, signals=taken.signals, about=about
             )
-        except NonFiniteError as error:
-            write_text(place / "failed.json", json.dumps({"error": str(error)}) + "\n")
-            taken.finish(None, error=str(error)[:1000])
-            return "failed"
+        except (NonFiniteError, UserError, *MISTAKES) as error:
+            return self._failed(taken, place, error)
         numbers = {name: value for name, value in measured(result.metrics).items() if name.count("/") == 1}
         metric = next((name for name in numbers if name.startswith("test/") and direction(name)), None)
         value = direction(metric) * numbers[metric] if metric is not None else 0.0
         taken.finish(value if math.isfinite(value) else 0.0, metrics=_finite(numbers))
         return "finished" + (f": {metric} {numbers[metric]:.4g}" if metric is not None else "")
+
+    def _failed(self, taken: Taken, place: Path, error: Exception) -> str:
+        told = str(error) if isinstance(error, NonFiniteError) else reason(error)
+        place.mkdir(parents=True, exist_ok=True)
+        if not (place / "recipe.yaml").exists():
+            self.recipe(taken.run).write(place / "recipe.yaml")
+        # Another attempt at what diverged would diverge.
+        again = not isinstance(error, NonFiniteError)
+        write_text(place / "failed.json", json.dumps({"error": told, "again": again}) + "\n")
+        taken.finish(None, error=told[:1000])
+        return f"failed: {told}"
+
+    def try_again(self) -> None:
+        """Let runs that failed, but for those that diverged, be made again."""
+        for run in self.runs:
+            path = self.place(run) / "failed.json"
+            if path.exists() and json.loads(path.read_text()).get("again", False):
+                path.unlink()
 
 
 def compare(
@@ -304,10 +327,22 @@ def compare_arms(
         raise UserError(
             "jobs: recipes with Python objects run in this process alone; use jobs=1, or import paths (pkg.mod:Name)."
         )
+    bench.refuse_others()
+    bench.try_again()
+    begun = {bench.parts[run][0] for run in bench.runs if (bench.place(run) / "recipe.yaml").exists()}
+    known = check([arm for arm in arms if arm.name not in begun], cache=cache)
+    _check_metric(metric, known)
     make_all(bench, jobs=jobs, storage=storage, signals=signals or Signals(), watch=watch)
     comparison = concluded(bench, arms, baseline, metric, command)
     comparison.save()
     return comparison
+
+
+def _check_metric(metric: str | None, known: Mapping[str, Sequence[str] | None]) -> None:
+    """Refuse a measurement that an arm will not have, before anything is run."""
+    names = {arm: [measured(dict.fromkeys(found, 0.0))] for arm, found in known.items() if found is not None}
+    if metric is not None and names:
+        chosen(common(names), metric, names)
 
 
 def default_out(arms: Sequence[Arm]) -> Path:
@@ -337,16 +372,19 @@ def concluded(
     """Read the runs of a comparison and judge."""
     results = {arm.name: _read(bench, arm) for arm in arms}
     found = {name: [run.numbers for run in runs if run.numbers is not None] for name, runs in results.items()}
+    if not any(found.values()):
+        why = next(run.failure for runs in results.values() for run in runs if run.failure)
+        raise UserError(f"every run failed, so there is nothing to compare; the first one: {why}")
     metrics = common(found)
     quality, mode = chosen(metrics, metric, found)
     before = _before(bench.home)
-    delays = latencies({arm.name: arm.recipe for arm in arms}, before)
+    delays = latencies({arm.name: arm.recipe for arm in arms if found[arm.name]}, before)
     # Which way each metric is better, as its name says; for quality, as it was chosen.
     signs = {name: direction(name) for name in metrics} | {quality: 1 if mode == "max" else -1}
     lines = {arm.name: None if arm.name == baseline else results[baseline] for arm in arms}
     judged = [_judge(arm, results[arm.name], lines[arm.name], signs) for arm in arms]
     for arm, result in zip(arms, judged, strict=True):
-        result.cost = _cost(results[arm.name], delays[arm.name])
+        result.cost = _cost(results[arm.name], delays.get(arm.name))
         result.unequal = _unequal(result, judged[[arm.name for arm in arms].index(baseline)])
     _fronts(judged, quality, mode)
     first = [run.files for runs in results.values() for run in runs]
@@ -373,13 +411,8 @@ def concluded(
 
 
 def common(found: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
-    """Metrics that every finished run has and whose name may say what is better, in the order of the first arm."""
+    """Metrics that every finished run has, in the order of the first arm; an arm without any run that finished asks for none."""
     runs = [numbers for numbers_of in found.values() for numbers in numbers_of]
-    missing = [name for name, numbers in found.items() if not numbers]
-    if missing:
-        raise UserError(
-            f"every run of {' and '.join(missing)} failed, so there is nothing to compare; see failed.json."
-        )
     names = [name for name in runs[0] if all(name in numbers for numbers in runs)]
     return [name for name in names if not name.startswith("parameters")]
 
@@ -518,10 +551,7 @@ def _judge(
         others = [run.numbers[metric] if run.numbers is not None else math.nan for run in line or ()]
         pairs = [a - b for a, b in zip(values, others, strict=bool(line)) if math.isfinite(a) and math.isfinite(b)]
         if pairs:
-            found = paired_difference(pairs)
-            words = {1: "better", -1: "worse", 0: "different"}
-            verdict = words[sign * (1 if found.mean > 0 else -1)] if found.clear else "within noise"
-            differences[metric] = asdict(found) | {"pairs": len(pairs), "verdict": verdict}
+            differences[metric] = _difference(pairs, [*finite, *filter(math.isfinite, others)], metric, sign)
     return ArmResult(
         name=arm.name,
         method=method.name,
@@ -541,7 +571,7 @@ def _judge(
             for run in runs
         ],
         budget={
-            "steps": statistics.median_low([run.steps for run in runs]),
+            "steps": statistics.median_low([run.steps for run in runs if run.failure is None] or [0]),
             "epochs": getattr(method, "epochs", None),
             "batch_size": getattr(method, "batch_size", None),
         },
@@ -552,8 +582,26 @@ def _judge(
     )
 
 
+def _difference(pairs: Sequence[float], values: Sequence[float], metric: str, sign: int) -> dict[str, Any]:
+    """A paired difference as plain values, with its verdict; ``values`` are those that it comes from."""
+    found = paired_difference(pairs)
+    told = asdict(found) | {"pairs": len(pairs)}
+    if len(pairs) == 1:
+        return told | {"verdict": ONE_SEED}
+    if max(pairs) - min(pairs) <= 1e-12 * max(1.0, *map(abs, values)):
+        # An interval of no width is no evidence: where nothing varies, nothing is known of how it would vary.
+        limit = {1: 1.0, -1: 0.0}.get(sign)
+        full = limit is not None and all(value == limit for value in values) and direction(metric) == sign
+        verdict = SATURATED if full else EQUAL if abs(found.mean) <= 1e-12 else UNVARIED
+        return told | {"interval": None, "verdict": verdict}
+    words = {1: "better", -1: "worse", 0: "different"}
+    return told | {"verdict": words[sign * (1 if found.mean > 0 else -1)] if found.clear else NOISE}
+
+
 def _cost(runs: Sequence[RunResult], delay: float | None) -> dict[str, float | None]:
-    ended = [run for run in runs if run.failure is None] or list(runs)
+    ended = [run for run in runs if run.failure is None]
+    if not ended:
+        return dict.fromkeys(COSTS)
     peaks = [run.peak_memory for run in ended if run.peak_memory is not None]
     return {
         "seconds": statistics.median(run.seconds for run in ended),
@@ -564,6 +612,8 @@ def _cost(runs: Sequence[RunResult], delay: float | None) -> dict[str, float | N
 
 
 def _unequal(arm: ArmResult, line: ArmResult) -> str | None:
+    if any(all(run["failure"] for run in one.runs) for one in (arm, line)):
+        return None
     told = [
         f"{arm.budget[key]:g} {name} where {line.name} has {line.budget[key]:g}"
         for key, name in (("steps", "steps"), ("epochs", "epochs"), ("batch_size", "samples per step"))
@@ -625,15 +675,27 @@ def _shared(arms: Sequence[Arm]) -> dict[str, Any]:
 
 def _finding(arm: ArmResult, baseline: str, quality: str, mode: Literal["max", "min"]) -> str:
     found = arm.differences.get(quality)
+    if all(run["failure"] for run in arm.runs):
+        return f"{arm.name} failed with every seed: {arm.runs[0]['failure']}"
     if found is None:
         return f"{arm.name}: there is no pair of finished runs to compare."
-    size = f"{abs(found['mean']):.3g}"
-    if found["interval"] is None:
-        return f"{arm.name} differs from {baseline} by {found['mean']:+.3g} in {quality}; one seed tells nothing from noise."
+    size, verdict = f"{abs(found['mean']):.3g}", found["verdict"]
+    if verdict == ONE_SEED:
+        return f"{arm.name} differs from {baseline} by {signed(found['mean'])} in {quality}; one seed tells nothing from noise."
+    if verdict == SATURATED:
+        best = "100 %" if mode == "max" else "0"
+        return f"{arm.name} and {baseline} both have {best} in {quality} with every seed: this data cannot tell them apart."
+    if verdict == EQUAL:
+        return f"{arm.name} and {baseline} are equal in {quality} with every seed: there is nothing to judge by."
+    if verdict == UNVARIED:
+        return (
+            f"{arm.name} differs from {baseline} by {signed(found['mean'])} in {quality} with every seed: without variation over "
+            "seeds there is no interval, and no verdict."
+        )
     low, high = found["interval"]
-    how = f"95 % interval {low:+.3g} to {high:+.3g}, {found['pairs']} seeds"
-    if found["verdict"] == "within noise":
-        return f"{arm.name} and {baseline} are not told apart in {quality}: {found['mean']:+.3g} ({how})."
+    how = f"95 % interval {signed(low)} to {signed(high)}, {found['pairs']} seeds"
+    if verdict == NOISE:
+        return f"{arm.name} and {baseline} are not told apart in {quality}: {signed(found['mean'])} ({how})."
     word = "better" if (found["mean"] > 0) == (mode == "max") else "worse"
     return f"{arm.name} is {word} than {baseline} by {size} in {quality} ({how})."
 
@@ -642,10 +704,12 @@ def _notes(arms: Sequence[ArmResult], seeds: int, baseline: str, quality: str) -
     notes = []
     for arm in arms:
         failures = [run for run in arm.runs if run["failure"]]
-        if failures:
+        if 0 < len(failures) < len(arm.runs):
             notes.append(f"{arm.name} failed with {len(failures)} of {seeds} seeds: {failures[0]['failure']}")
         if arm.unequal:
             notes.append(f"the budget of {arm.name} differs: {arm.unequal}.")
+        if arm.set_aside:
+            notes.append(f"{GAVE_WAY} {gave_way(arm)}")
     if seeds == 1:
         notes.append("one seed gives no interval; three or more tell differences from noise.")
     told = [arm for arm in arms if arm.differences]
@@ -655,6 +719,19 @@ def _notes(arms: Sequence[ArmResult], seeds: int, baseline: str, quality: str) -
             "one is expected to look like one."
         )
     return notes
+
+
+def gave_way(arm: ArmResult | Arm) -> str:
+    """Which of an arm's own fields are not those of its recipe, in a sentence."""
+    origins: dict[str, list[str]] = {}
+    for name in arm.set_aside:
+        origins.setdefault(arm.taken[name], []).append(name)
+    told = "; ".join(
+        f"its {', '.join(names)} {'are those' if len(names) > 1 else 'is that'} of {origin}"
+        for origin, names in origins.items()
+    )
+    keeping = " ".join(f"--own {name}" for name in arm.set_aside)
+    return f"{arm.name} is not run as its recipe says: {told}; {keeping} would keep its own."
 
 
 def _before(home: Path) -> dict[str, float | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,11 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+from stillhouse.bench.checking import MISTAKES, reason
 from stillhouse.bench.ranges import Range, default_ranges, is_range, override, read_range
 from stillhouse.bench.watching import Unwatched, Watcher
 from stillhouse.bench.work import Watch, Work, digest, make_all
 from stillhouse.data import Data
 from stillhouse.engine import Signals
+from stillhouse.engine.rehearsal import rehearse
 from stillhouse.engine.seeding import derive
 from stillhouse.engine.storage import as_json, write_text
 from stillhouse.errors import NonFiniteError, RunError, UserError
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
     from stillhouse.bench.queue import Queue, Taken
+
+UNMEASURED = "measures nothing on the validation split while it trains, so there is nothing to choose a recipe by."
 
 FIRST = 8
 """Trials that are drawn at random before the sampler learns from them."""
@@ -158,6 +161,25 @@ class Searching(Work):
         # What is cached of it must not be found by runs that have the test split.
         return replace(data, splits=splits, fingerprint=f"{data.fingerprint}-without-test")
 
+    def check(self) -> None:
+        """Walk the recipe that is searched around without training it, on the data that the trials get.
+
+        Raises:
+            UserError: it could not be run, or measures nothing on the validation split by which a trial could be judged.
+        """
+        if self.ended():
+            return
+        data, method = self.data, self.base.method
+        recipe = self.recipe({}, alone=True)
+        try:
+            walked = rehearse(recipe.method, settings=recipe.settings, cache=self.cache, data=data, timed=False)
+        except UserError as error:
+            raise UserError(f"{method.name}: {error} (a search leaves the test split out)") from None
+        except MISTAKES as error:
+            raise UserError(f"{method.name} cannot be run: {reason(error)}") from error
+        if walked.metrics is not None and not any(step.monitor.startswith("validation/") for step in walked.steps):
+            raise UserError(f"{method.name} {UNMEASURED}")
+
     def make(self, taken: Taken, watcher: Watcher) -> str:
         """Draw values and make the run, or go on with it."""
         from optuna.exceptions import ExperimentalWarning
@@ -171,21 +193,21 @@ class Searching(Work):
             taken.queue.study.sampler = TPESampler(seed=seed, n_startup_trials=FIRST, constant_liar=True)
         trial = taken.trial()
         values = {one.key: one.draw(trial) for one in self.ranges}
-        judge, started = Judge(place, trial, watcher), time.monotonic()
+        judge, ended = Judge(place, trial, watcher), dict[str, float]()
         pruned, failed = place / "pruned.json", place / "failed.json"
         try:
             if not (pruned.exists() or failed.exists()):
                 recipe = self.recipe(values, alone=True)
                 about = self.told(taken.run)
                 options: dict[str, Any] = {"data": self.data, "signals": taken.signals, "about": about}
-                run_recipe(recipe, place, cache=self.cache, listener=judge, **options)
+                ended = run_recipe(recipe, place, cache=self.cache, listener=judge, **options).metrics
         except Pruned as stopped:
             write_text(pruned, json.dumps({"at": stopped.step}) + "\n")
         except NonFiniteError as error:
             write_text(failed, json.dumps({"error": str(error)}) + "\n")
         except UserError as error:
             raise UserError(f"{taken.run} ({', '.join(override(k, v) for k, v in values.items())}): {error}") from None
-        seconds = time.monotonic() - started
+        seconds = spent(place)
         if failed.exists():
             taken.finish(None, seconds=seconds, reason=json.loads(failed.read_text())["error"][:1000])
             return "failed"
@@ -195,14 +217,17 @@ class Searching(Work):
                 shutil.rmtree(checkpoint)
             taken.finish(None, seconds=seconds)
             return "pruned"
-        score = judge.score(best=getattr(self.base.method, "keep", "last") == "best")
+        score = judge.score(ended, best=getattr(self.base.method, "keep", "last") == "best")
         if score is None:
-            raise UserError(
-                f"{self.base.method.name} measures nothing on the validation split while it trains, so there is nothing to "
-                "choose a recipe by."
-            )
+            raise UserError(f"{self.base.method.name} {UNMEASURED}")
         taken.finish(judge.sign * score, seconds=seconds)
         return f"finished: {judge.metric} {score:.4g}"
+
+
+def spent(place: Path) -> float:
+    """Seconds that a run took, in all attempts."""
+    path = place / "cost.json"
+    return math.fsum(json.loads(path.read_text()).values()) if path.exists() else 0.0
 
 
 class Pruned(RunError):
@@ -242,10 +267,17 @@ class Judge:
         """1 where it should be large, -1 where small."""
         return 1 if self.measured_so_far[-1][3] == "max" else -1
 
-    def score(self, *, best: bool) -> float | None:
-        """The number of the weights that are kept: the last one, or the best; None where nothing was measured."""
+    def score(self, ended: Mapping[str, float], *, best: bool) -> float | None:
+        """The number of what the run ends with; None where nothing was measured.
+
+        Args:
+            ended: the numbers of the run's result, whose own one decides.
+            best: where the result has none: whether the best weights were kept, else the last ones.
+        """
         if not self.measured_so_far:
             return None
+        if math.isfinite(own := ended.get(self.metric, math.nan)):
+            return own
         stage = self.measured_so_far[-1][0]
         values = [math.nan if row[4] is None else float(row[4]) for row in self.measured_so_far if row[0] == stage]
         chosen = max((self.sign * value for value in values), default=math.nan) * self.sign if best else values[-1]
@@ -414,7 +446,8 @@ def search_ranges(
         raise UserError(
             "jobs: a recipe with Python objects runs in this process alone; use jobs=1, or import paths (pkg.mod:Name)."
         )
-    _ = bench.data  # What is wrong with it is said before anything is made.
+    bench.refuse_others()
+    bench.check()
     make_all(bench, jobs=jobs, storage=storage, signals=signals or Signals(), watch=watch)
     found = concluded(bench, storage, command)
     found.save()

@@ -81,26 +81,46 @@ class Work(ABC):
         started = datetime.now(UTC).isoformat(timespec="seconds")
         return {"started": started, "environment": environment(), "command": ["stillhouse", self.noun], "name": run}
 
+    def refuse_others(self) -> str | None:
+        """The identifier that all workers of this bench share, None where its directory is not its own yet; writes nothing.
+
+        Raises:
+            UserError: the directory holds another bench, or something else.
+        """
+        if (self.home / "recipe.yaml").exists():
+            raise UserError(f"{self.home} holds a run, not a {self.noun}; choose another --out.")
+        if self.home.exists() and not self.home.is_dir():
+            raise UserError(f"{self.home} is a file; choose a new directory as --out.")
+        path = self.home / "plan.json"
+        if path.exists():
+            try:
+                before = json.loads(path.read_text())
+                noun, plan, identifier = before["noun"], before["plan"], str(before["id"])
+            except (ValueError, LookupError, TypeError):
+                raise UserError(
+                    f"{self.home} holds other files: its plan.json is no {self.noun}'s; choose another --out."
+                ) from None
+            if (found := difference(plan, self.plan)) is not None:
+                raise UserError(f"{self.home} holds another {noun}: {found}; choose another --out.")
+            return identifier
+        if self.home.exists() and any(entry.name != ".lock" for entry in self.home.iterdir()):
+            raise UserError(f"{self.home} holds other files; choose an empty or a new directory as --out.")
+        return None
+
     def settle(self) -> str:
         """Make the directory this bench's own, or join it; returns the identifier that all its workers share.
 
         Raises:
             UserError: it holds another one, or something else.
         """
-        if (self.home / "recipe.yaml").exists():
-            raise UserError(f"{self.home} holds a run, not a {self.noun}; choose another --out.")
+        # Before anything is written into it.
+        self.refuse_others()
         self.home.mkdir(parents=True, exist_ok=True)
-        path = self.home / "plan.json"
         with FileLock(self.home / ".lock"):
-            if path.exists():
-                before = json.loads(path.read_text())
-                if (found := difference(before["plan"], self.plan)) is not None:
-                    raise UserError(f"{self.home} holds another {before['noun']}: {found}; choose another --out.")
-                return str(before["id"])
-            if any(entry.name != ".lock" for entry in self.home.iterdir()):
-                raise UserError(f"{self.home} holds other files; choose an empty or a new directory as --out.")
+            if (known := self.refuse_others()) is not None:
+                return known
             made = {"id": uuid.uuid4().hex, "noun": self.noun, "plan": self.plan}
-            write_text(path, json.dumps(made, indent=1, allow_nan=False) + "\n")
+            write_text(self.home / "plan.json", json.dumps(made, indent=1, allow_nan=False) + "\n")
             return str(made["id"])
 
 

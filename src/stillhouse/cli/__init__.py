@@ -121,11 +121,14 @@ def resume(directory: Directory, debug: Debug = False) -> None:
 
 
 @app.command()
-def report(directory: Directory, debug: Debug = False) -> None:
-    """Write the report page of a run again."""
-    from stillhouse.report import build
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="of a run, a comparison or a search")],
+    debug: Debug = False,
+) -> None:
+    """Write the page of a run, a comparison or a search again."""
+    from stillhouse.report import rebuild
 
-    print(build(directory))
+    print(rebuild(directory))
 
 
 @app.command()

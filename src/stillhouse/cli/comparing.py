@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from stillhouse.bench.arms import Arm, arrange, baseline_of
-from stillhouse.bench.comparison import Comparing, Comparison, compare_arms, default_out
+from stillhouse.bench.comparison import Comparing, Comparison, compare_arms, default_out, gave_way
 from stillhouse.bench.work import without_password
 from stillhouse.cli.bars import Bars
 from stillhouse.cli.running import stop_on_signals
 from stillhouse.cli.tables import result_table
 from stillhouse.engine import Interrupted, Signals
-from stillhouse.errors import UserError
+from stillhouse.errors import RunError, UserError
 from stillhouse.report.comparison import tables
 
 
@@ -67,6 +67,8 @@ def compare(
     show(comparison, console)
     if as_json:
         print(json.dumps(comparison.dump(), indent=1, allow_nan=False))
+    if any(run["failure"] for arm in comparison.arms for run in arm.runs):
+        raise SystemExit(RunError.exit_code)
 
 
 def command(storage: str | None) -> list[str]:
@@ -105,5 +107,4 @@ def _say_terms(arms: Sequence[Arm], line: str, seeds: int, home: Path, console: 
         console.print(told, style="dim", highlight=False, markup=False)
     for arm in arms:
         if arm.set_aside:
-            told = f"{arm.name}: {', '.join(arm.set_aside)} of its own recipe gave way."
-            console.print(told, highlight=False, markup=False)
+            console.print(gave_way(arm), style="yellow", highlight=False, markup=False)

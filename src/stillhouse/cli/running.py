@@ -17,6 +17,7 @@ from rich.markup import escape
 from stillhouse.cli.progress import ProgressBar
 from stillhouse.cli.tables import result_table
 from stillhouse.engine import Interrupted, Result, Signals, World
+from stillhouse.engine.rundir import refuse_foreign
 from stillhouse.errors import UserError
 from stillhouse.front import run_recipe
 from stillhouse.recipe import Recipe, load_recipe
@@ -32,6 +33,8 @@ def start(source: str, overrides: Sequence[str], *, out: Path | None, seed: int 
         raise UserError(
             f"{directory} already holds a run; continue it with 'stillhouse resume {directory}', or choose another --out."
         )
+    if world.is_main:
+        refuse_foreign(directory)
     fresh = not directory.exists()
     try:
         _go(recipe, directory, world, cache=cache)

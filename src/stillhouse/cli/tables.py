@@ -10,23 +10,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from stillhouse.report.formatting import number
+
 
 def result_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], console: Console | None = None
 ) -> None:
     """Print a table of a run's result."""
     table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
-    for number, column in enumerate(columns):
+    for place, column in enumerate(columns):
         # Names are kept whole; numbers stand at the right, whatever is told of them at the left.
-        words = any(isinstance(row[number], str) and " " in row[number].strip() for row in rows)
-        justify: Literal["left", "right"] = "left" if number == 0 or words else "right"
-        table.add_column(escape(column), overflow="fold", no_wrap=number == 0, justify=justify)
+        words = any(isinstance(row[place], str) and " " in row[place].strip() for row in rows)
+        justify: Literal["left", "right"] = "left" if place == 0 or words else "right"
+        table.add_column(escape(column), overflow="fold", no_wrap=place == 0, justify=justify)
     for row in rows:
-        table.add_row(*(escape(_cell(cell)) for cell in row))
+        table.add_row(*(escape(number(cell)) for cell in row))
     (console or Console()).print(table)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}" if not value.is_integer() else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)

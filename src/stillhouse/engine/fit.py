@@ -102,6 +102,7 @@ class Fit:
             steps=self.step,
             metrics=self.metrics,
             best=self.best["metrics"] if self.best else self.metrics,
+            kept=self.best["metrics"] if self.best and self.stage.keep == "best" else self.metrics,
             ema={name: average.shadow for name, average in self.averages.items()},
             records=self.recorder.read(self.step),
             stopped_early=self.stopped_early,
@@ -360,6 +361,7 @@ class Fit:
         if self.run.world.is_main:
             self.run.directory.flush()
             self.checkpoints.save(self.step, state)
+            self.run.charge()
         self.run.world.barrier()
 
     @contextmanager

@@ -111,6 +111,7 @@ class Step:
         accumulate: micro-batches per step.
         step_seconds: mean time of a step.
         evaluations: measurements during the stage, and what one takes.
+        monitor: the number by which weights are kept and trials are judged; empty where nothing is measured.
         modules: by name: class, parameters, and ``trained``, ``frozen``, ``frozen_through`` or ``scratch``.
         updates: in their order.
         within: of a run, its own yields.
@@ -128,6 +129,7 @@ class Step:
     accumulate: int = 1
     step_seconds: float | None = None
     evaluations: int = 0
+    monitor: str = ""
     evaluation_seconds: float | None = None
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     updates: list[UpdateForecast] = field(default_factory=list)
@@ -740,7 +742,7 @@ class Rehearsal(Run):
             count = stage.steps // record.every + 1
             records[name] = {k: np.broadcast_to(np.float32(0), (count, *t.shape)) for k, t in tensors.items()}
         averages = {name: dict(modules[name].state_dict()) for name in stage.ema}
-        return Trained(stage.name, stage.steps, metrics, metrics, averages, records, stopped_early=False)
+        return Trained(stage.name, stage.steps, metrics, metrics, metrics, averages, records, stopped_early=False)
 
 
 def _first_line(error: Exception) -> str:
@@ -788,6 +790,7 @@ def described(stage: Stage, run: Run) -> Step:
         steps=stage.steps,
         batch_size=stage.batches.global_size(1) if stage.batches is not None else None,
         accumulate=stage.accumulate,
+        monitor=stage.evaluate.monitor if stage.evaluate is not None else "",
         modules=modules,
         updates=updates,
     )

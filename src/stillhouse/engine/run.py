@@ -147,6 +147,11 @@ class Run:
         self._alone = False
         self._given_data = data
         self._trackers: Trackers | None = None
+        self._outer: Run | None = None
+        self._names: dict[str, int] = {}
+        self._cost: dict[str, float] = {}
+        self._peaks: dict[str, int] = {}
+        self._since: float | None = None
 
     @cached_property
     def data(self) -> Data:
@@ -228,6 +233,31 @@ class Run:
         if self._trackers is not None:
             self._trackers.log(row, self.directory.rows)
 
+    def charge(self) -> None:
+        """Count the time since it was last called to the yield at hand, and write down what each has taken in all attempts.
+
+        Called whenever a checkpoint is written, so that what a killed attempt took is known up to there.
+        """
+        self._count()
+        # Timings are worth less than what stopped the run: a full disk is said where something is lost.
+        with contextlib.suppress(RunError):
+            self.directory.write("cost.json", self._cost)
+            self.directory.write("memory.json", self._peaks)
+        if self._outer is not None:
+            self._outer.charge()
+
+    def _count(self) -> None:
+        if self._since is None:
+            return
+        now, label = time.monotonic(), self._label
+        self._cost[label] = self._cost.get(label, 0.0) + now - self._since
+        self._since = now
+
+    @property
+    def _label(self) -> str:
+        """What the yield at hand is called: by the names of all that was yielded at once."""
+        return "+".join(name for name, at in self._names.items() if at == self._at[0])
+
     def execute(self) -> Result:
         """Run, or continue, to the end; the result is saved in the directory.
 
@@ -241,11 +271,11 @@ class Run:
             return self._execute()
 
     def _execute(self) -> Result:
-        names: dict[str, int] = {}
+        names = self._names = {}
         self._yields = self._recorded()
         ambient = Ambient()
-        cost: dict[str, float] = self.directory.read("cost.json") or {}
-        peaks: dict[str, int] = self.directory.read("memory.json") or {}
+        self._cost = self.directory.read("cost.json") or {}
+        self._peaks = self.directory.read("memory.json") or {}
         if self.world.is_main:
             self._trackers = Trackers.start(self.settings.trackers, self.directory.path, self.method.dump())
         generator = self.method.stages(self)
@@ -261,21 +291,20 @@ class Run:
                     result = stop.value
                     break
                 ambient.check()
-                started = time.monotonic()
+                self._at, self._since = (index, 0), time.monotonic()
                 self.memory.enter()
-                reply = self._handle(item, index, names)
-                label = "+".join(name for name, at in names.items() if at == index)
-                cost[label] = cost.get(label, 0.0) + time.monotonic() - started
-                peaks[label] = max(peaks.get(label, 0), self.memory.leave())
+                try:
+                    reply = self._handle(item, index, names)
+                finally:
+                    self._count()
+                    self._peaks[self._label] = max(self._peaks.get(self._label, 0), self.memory.leave())
+                    self._since = None
                 index += 1
         finally:
             generator.close()
             if self._trackers is not None:
                 self._trackers.finish()
-            # Timings are worth less than what stopped the run: a full disk is said where something is lost.
-            with contextlib.suppress(RunError):
-                self.directory.write("cost.json", cost)
-                self.directory.write("memory.json", peaks)
+            self.charge()
         if not isinstance(result, Result):
             raise UserError(f"{type(self.method).__name__}.stages returns {result!r}; it must return a Result.")
         result.directory = self.directory.path
@@ -437,6 +466,7 @@ class Run:
                 signals=self.signals,
                 memory=self.memory,
             )
+            nested._outer = self
             return nested.execute()
         finally:
             directory.release()

@@ -15,6 +15,25 @@ from filelock import FileLock, Timeout
 from stillhouse.engine.storage import as_json, write_text
 from stillhouse.errors import RunError, UserError
 
+BEGUN = frozenset({".lock", "metrics.jsonl"})
+"""What a run that was killed at once may have left."""
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse to begin a run in a directory that holds something else; looks only.
+
+    Raises:
+        UserError: it is a file, or holds files and no run.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; choose a new directory as --out.")
+    if path.is_dir() and not (path / "recipe.yaml").exists():
+        there = sorted(entry.name for entry in path.iterdir() if entry.name not in BEGUN)
+        if there:
+            raise UserError(
+                f"{path} holds other files, such as {there[0]!r}; choose an empty or a new directory as --out."
+            )
+
 
 class RunDirectory:
     """A directory that holds one run.

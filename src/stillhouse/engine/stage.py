@@ -335,6 +335,7 @@ class Trained:
         steps: steps taken (fewer than asked after an early stop).
         metrics: the last measurement.
         best: the measurement of the best weights (of the last ones when nothing is monitored).
+        kept: the measurement of the weights that ``keep`` names, which the modules hold.
         ema: averaged weights by module name.
         records: recorded arrays by record name and tensor name, with a first dimension of records; memory-mapped.
         stopped_early: patience ran out.
@@ -344,6 +345,7 @@ class Trained:
     steps: int
     metrics: dict[str, float]
     best: dict[str, float]
+    kept: dict[str, float]
     ema: dict[str, dict[str, Tensor]]
     records: dict[str, dict[str, np.ndarray[Any, Any]]]
     stopped_early: bool

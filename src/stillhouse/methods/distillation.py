@@ -337,7 +337,7 @@ class KnowledgeDistillation(TrainingFields):
         told += [note for objective in self.objectives for note in objective.notes(run)]
         result = Result(
             artefacts={"student": student},
-            metrics={**trained.best, **measured["metrics"], **probes["metrics"]},
+            metrics={**trained.kept, **measured["metrics"], **probes["metrics"]},
             tables=[
                 Table("Comparison", measured["columns"], measured["rows"]),
                 *(Table(**table) for table in probes["tables"]),
@@ -512,7 +512,7 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
         metrics[f"parameters/{name}"] = float(count_parameters(model))
         if teachers and name not in teachers and main == "accuracy":
             metrics.update(
-                {f"test/{name}/{k}": v for k, v in _agreement(model, models[teachers[0]], split, run).items()}
+                {f"{measured}/{name}/{k}": v for k, v in _agreement(model, models[teachers[0]], split, run).items()}
             )
         with measuring(model):
             model.cpu()

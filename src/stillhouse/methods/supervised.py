@@ -152,7 +152,7 @@ class Supervised(TrainingFields):
         test = yield Compute("test", lambda _: held_out(model, run), form=dict[str, float])
         return Result(
             artefacts={"model": model},
-            metrics={**trained.best, **test},
+            metrics={**trained.kept, **test},
             tables=[
                 Table(
                     "Result",

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from stillhouse.errors import UserError
 from stillhouse.report.charts import Dot, scatter
-from stillhouse.report.formatting import column, duration, number, size
+from stillhouse.report.formatting import GAVE_WAY, column, duration, number, signed, size
 from stillhouse.report.page import filled
 from stillhouse.report.results import with_error
 
@@ -113,7 +113,7 @@ def _headline(arms: Sequence[Mapping[str, Any]], found: Mapping[str, Any], best:
     tiles = [(best["name"], f"best mean {quality}", _with_std(numbers))]
     told = best["differences"].get(metric)
     if told is not None:
-        tiles.append((f"{told['mean']:+.3g}", f"over {found['baseline']}", _sureness(told)))
+        tiles.append((signed(told["mean"]), f"over {found['baseline']}", _sureness(told)))
     else:
         sure = [arm for arm in arms if arm["differences"].get(metric, {}).get("verdict") == "worse"]
         tiles.append((f"{len(sure)} of {len(arms) - 1}", f"worse than {best['name']}", "told from noise"))
@@ -125,15 +125,27 @@ def _headline(arms: Sequence[Mapping[str, Any]], found: Mapping[str, Any], best:
     return tiles
 
 
+def _verdict(told: Mapping[str, Any]) -> str:
+    """How a difference is judged; what was written before there was a word for it is of one seed."""
+    one = told["interval"] is None and told["verdict"] == "within noise"
+    return "one seed" if one else str(told["verdict"])
+
+
+def _failure(arm: Mapping[str, Any]) -> str | None:
+    """Why an arm has no number at all; None where it has one."""
+    failures = [run["failure"] for run in arm["runs"]]
+    return str(failures[0]) if failures and all(failures) else None
+
+
 def _sureness(told: Mapping[str, Any]) -> str:
     if told["interval"] is None:
-        return "one seed: no interval"
+        return f"{_verdict(told)}: no interval"
     low, high = told["interval"]
-    return f"{low:+.3g} to {high:+.3g}" + ("" if _clear(told) else ", within noise")
+    return f"{signed(low)} to {signed(high)}" + ("" if _clear(told) else ", within noise")
 
 
 def _clear(told: Mapping[str, Any]) -> bool:
-    return bool(told["verdict"] != "within noise")
+    return told["verdict"] in ("better", "worse", "different")
 
 
 def _best(arms: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -151,7 +163,7 @@ def _role(arm: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 def _axis(values: Iterable[float]) -> Callable[[float], float]:
     """Per cent from the left end, for values with a margin around them."""
-    finite = [value for value in values if value is not None and math.isfinite(value)]
+    finite = [value for value in values if value is not None and math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
     margin = 0.06 * (high - low) or max(abs(high) * 0.1, 1e-6)
     return lambda value: round(100 * (value - low + margin) / (high - low + 2 * margin), 2)
@@ -196,10 +208,8 @@ def _differences(arms: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) ->
         told = arm["differences"].get(metric)
         if told is not None:
             bar = (at(told["interval"][0]), at(told["interval"][1])) if told["interval"] else None
-            verdict = "one seed" if told["interval"] is None else told["verdict"]
-            tracks.append(
-                Track(arm["name"], _role(arm, found), f"{told['mean']:+.3g}", [at(told["mean"])], bar, verdict)
-            )
+            text, verdict = signed(told["mean"]), _verdict(told)
+            tracks.append(Track(arm["name"], _role(arm, found), text, [at(told["mean"])], bar, verdict))
     return tracks
 
 
@@ -217,12 +227,15 @@ def _row(arm: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
         value = arm["cost"].get(name)
         costs[name] = (write(value) if value else "-", name in arm["front"])
     interval = told["interval"] if told else None
+    failure = _failure(arm)
+    verdict = "baseline" if arm["name"] == found["baseline"] else "no pair of runs" if told is None else _verdict(told)
     return {
-        "name": arm["name"],
+        "name": arm["name"] + (f" {GAVE_WAY}" if arm["set_aside"] else ""),
         "quality": _with_std(arm["metrics"][found["metric"]]),
-        "difference": f"{told['mean']:+.3g}" if told else "",
+        "difference": signed(told["mean"]) if told else "",
         "interval": f"{interval[0]:+.2g} to {interval[1]:+.2g}" if interval else "",
-        "verdict": "baseline" if told is None else "one seed" if interval is None else told["verdict"],
+        "verdict": verdict if failure is None else f"failed: {failure}",
+        "failed": failure is not None,
         "role": _role(arm, found),
         "costs": costs,
     }
@@ -313,7 +326,7 @@ def _others(
             std = arm["metrics"][metric]["std"]
             text = mean if std is None else with_error(arm["metrics"][metric]["mean"], std)
             verdict = "" if told is None or not _clear(told) or told["interval"] is None else told["verdict"]
-            cells.append((text, f"{told['mean']:+.3g}" if told else "", verdict))
+            cells.append((text, signed(told["mean"]) if told else "", verdict))
         rows.append((metric, cells))
     return rows
 

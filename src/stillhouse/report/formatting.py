@@ -6,12 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+GAVE_WAY = "\N{DAGGER}"
+"""Marks an arm of a comparison some of whose fields are another arm's, as the notes say."""
+
+NOTHING = 1e-14
+"""Numbers nearer to 0 than this are sums that were rounded."""
+
 
 def number(value: Any) -> str:
     """A cell: integers with separators, other numbers with four significant digits, text as it is.
 
-    >>> number(94186), number(0.9916434), number(3.2e-7), number(94186.0), number(True), number("cnn")
-    ('94,186', '0.9916', '3.2e-07', '94,186', 'yes', 'cnn')
+    >>> number(94186), number(0.9916434), number(3.2e-7), number(94186.0), number(True), number(-3.7e-17)
+    ('94,186', '0.9916', '3.2e-07', '94,186', 'yes', '0')
     """
     if value is None:
         return "-"
@@ -23,9 +29,18 @@ def number(value: Any) -> str:
         return str(value)
     if not math.isfinite(value):
         return {math.inf: "infinite", -math.inf: "-infinite"}.get(value, "NaN")
-    if value == 0 or (1000 <= abs(value) < 1e15 and value == int(value)):
-        return f"{value:,.0f}"
+    if abs(value) < NOTHING or (1000 <= abs(value) < 1e15 and value == int(value)):
+        return f"{round(value):,}"
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def signed(value: float) -> str:
+    """A difference, with its sign.
+
+    >>> signed(0.01234), signed(-2.0), signed(-3.7e-17)
+    ('+0.0123', '-2', '0')
+    """
+    return f"{value:+.3g}" if abs(value) >= NOTHING else "0"
 
 
 def column(values: Sequence[Any]) -> list[str]:
@@ -39,13 +54,14 @@ def column(values: Sequence[Any]) -> list[str]:
     ['29.89', '0.0713', '1']
     """
     numbers = [v for v in values if _is_finite(v)]
-    sizes = [abs(v) for v in numbers if v != 0]
+    sizes = [abs(v) for v in numbers if abs(v) >= NOTHING]
     if not sizes or all(isinstance(v, int) for v in numbers) or max(sizes) >= 100 * min(sizes):
         return [number(v) for v in values]
     decimals = max(0, 3 - math.floor(math.log10(max(sizes))))
     if decimals > 6:
         return [number(v) for v in values]
-    return [f"{v:,.{decimals}f}" if _is_finite(v) else number(v) for v in values]
+    # Not "-0.000".
+    return [f"{v if abs(v) >= NOTHING else 0:,.{decimals}f}" if _is_finite(v) else number(v) for v in values]
 
 
 def compact(value: float) -> str:

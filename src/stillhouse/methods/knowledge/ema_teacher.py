@@ -73,7 +73,7 @@ class EMATeacher(Supervised):
         )
         networks = {"model": model, "average": average.network}
         test = yield Compute("test", lambda _: {name: held_out(network, run) for name, network in networks.items()})
-        metrics = {**trained.best, **test["model"]}
+        metrics = {**trained.kept, **test["model"]}
         metrics |= {name.replace("test/", "test/average/"): value for name, value in test["average"].items()}
         rows: list[list[str | float | int]] = [
             [name, count_parameters(network), *test[name].values()] for name, network in networks.items()

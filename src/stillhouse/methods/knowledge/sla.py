@@ -153,7 +153,7 @@ class SLA(TrainingFields):
             # Single inference of the joint head, as the plain classifier that it is.
             heads.joint.write_first_view(heads.single)
         tested = yield Compute("test", lambda _: self.tested(heads, run))
-        metrics = {**trained.best, **tested}
+        metrics = {**trained.kept, **tested}
         shown = [["student", *_row(tested, "test"), count_parameters(student), 1]]
         if self.joint:
             shown.append(

@@ -209,7 +209,7 @@ class SSLD(KnowledgeDistillation):
         if self.epochs or self.num_steps:
             trained = yield from self.student_on(run, "pool", student, teachers, asked, self.first(run, whole), whole)
             steps += trained.steps
-            metrics |= trained.best
+            metrics |= trained.kept
             if self.finetune_epochs:
                 tested = yield Compute("after-pool", lambda _: self.tested(student, run))
                 metrics |= _named("after-pool", tested)
@@ -218,7 +218,7 @@ class SSLD(KnowledgeDistillation):
                 run, "target", student, teachers, asked, self.second(run, target), target
             )
             steps += trained.steps
-            metrics |= trained.best
+            metrics |= trained.kept
 
         models = {**teachers, "student": student}
         labelled = run.data.facts.task == "classification"
