@@ -185,6 +185,13 @@ def test_what_is_wrong_from_the_start_leaves_no_directory(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["info", "run", "resume", "report"])
+def test_a_missing_argument_is_named(command, tmp_path):
+    done = stillhouse(command, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Missing argument" in done.stderr
+    assert done.stderr.startswith("error: ")
+
+
 def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("dear reader")
@@ -198,13 +205,6 @@ def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path):
         assert done.stderr.count("\n") == 1
         assert sentence in done.stderr
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
-
-
-def test_a_missing_argument_is_named(command, tmp_path):
-    done = stillhouse(command, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "Missing argument" in done.stderr
-    assert done.stderr.startswith("error: ")
 
 
 def test_the_version_is_told(tmp_path):
