@@ -429,7 +429,7 @@ class Rehearsal(Run):
             self.told.missing.append(str(error))
         except Unknown as unknown:
             self.told.missing.append(str(unknown))
-        except (UserError, RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        except (UserError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             # On blank data and models without memory a method may stumble where a run would not.
             if not self.told.hypothetical:
                 raise
