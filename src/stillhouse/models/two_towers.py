@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,8 @@ class TwoTowers(nn.Module):
 
     mean: Tensor
     std: Tensor
+    adaptable: ClassVar[tuple[str, ...]] = ("*",)
+    """Paths, in the image tower, of the layers that low-rank changes may be of."""
 
     def __init__(self, image: nn.Module, text: ByteTower, *, channels: int, size: int) -> None:
         super().__init__()
@@ -144,6 +146,8 @@ class HubTowers(nn.Module):
 
     mean: Tensor
     std: Tensor
+    adaptable: ClassVar[tuple[str, ...]] = ("*vision_model*", "*visual_projection")
+    """Paths, in the image tower, of the layers that low-rank changes may be of."""
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, *, mean: Sequence[float], std: Sequence[float], size: int
