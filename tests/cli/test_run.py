@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import time
 import pytest
 
 from stillhouse.cli import main
+from stillhouse.cli.info import describe
+from stillhouse.registry import method_class, own_entries
 
 TINY = ["teacher.epochs=1", "epochs=1", "run.checkpoint_every=5", "run.log_every=2", "run.device=cpu"]
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -158,7 +161,9 @@ def test_info_tells_fields_recipes_and_verification(finished):
     home, _ = finished
     known = json.loads(stillhouse("info", "sinkd", "--json", cwd=home).stdout)
     fields = {field["field"]: field for field in known["fields"]}
-    assert fields["temperature_sinkhorn"]["default"] == "2.0"
+    assert fields["temperature_sinkhorn"]["default"] == "2"
+    assert fields["optimizer"]["default"].startswith("adamw, lr ")
+    assert fields["patience"]["default"] == "not set"
     assert "> 0" in fields["temperature_sinkhorn"]["type"]
     assert all(field["description"] for field in known["fields"]), [
         f["field"] for f in known["fields"] if not f["description"]
@@ -168,6 +173,18 @@ def test_info_tells_fields_recipes_and_verification(finished):
     text = stillhouse("info", "sinkd", cwd=home, env={**os.environ, "COLUMNS": "160"}).stdout
     assert "temperature_sinkhorn" in text
     assert "claim" in text
+
+
+@pytest.mark.parametrize("entry", own_entries(), ids=lambda entry: entry["name"])
+def test_info_tells_fields_in_plain_words(entry):
+    for name, field in method_class(entry["name"]).model_fields.items():
+        said = describe(name, field)
+        words = said["type"] + " " + said["default"]
+        leak = re.search(
+            r"None|True|False|object at|annotation|Validator|Field|class |\{'|\['|\('|\b[A-Z][a-z]+[A-Z]\w+", words
+        )
+        assert leak is None, f"{name}: {words}"
+        assert said["default"]
 
 
 def test_dry_run_builds_and_trains_nothing(finished):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
+import stillhouse as sh
 from stillhouse.engine import (
     SKIP,
     Compute,
@@ -998,3 +999,12 @@ def test_trackers_by_name_get_the_rows(engine, tmp_path):
     assert sum(path.stat().st_size for path in events) > 200
     with pytest.raises(UserError, match="there is no tracker 'tensorbord'; did you mean 'tensorboard'"):
         engine(one_stage(linear()), name="typo", trackers=("tensorbord",))
+
+
+def test_data_that_are_not_finite_are_named(tmp_path):
+    x = torch.randn(200, 4)
+    x[::17, 2] = float("nan")
+    with pytest.raises(NonFiniteError) as caught:
+        sh.distil("supervised", model="mlp", data=(x, torch.arange(200) % 2), epochs=1, settings={"device": "cpu"})
+    assert "NaN or infinite (and so is 'features' of sample" in str(caught.value)
+    assert "of the split 'train')" in str(caught.value)

@@ -119,6 +119,15 @@ def test_it_fits_the_window(tab):
     assert tab.see("[...document.querySelectorAll('.scroll')].some(e => e.scrollWidth > e.clientWidth)")
 
 
+def test_no_button_lies_on_what_it_copies(tab):
+    apart = tab.see("""[...document.querySelectorAll(".code")].map((e) => {
+      const [text, button] = ["pre", ".copy"].map((name) => e.querySelector(name).getBoundingClientRect());
+      return button.width > 0 && (button.left >= text.right || button.top >= text.bottom);
+    })""")
+    assert len(apart) >= 2
+    assert all(apart)
+
+
 def test_every_picture_is_decoded_and_described(tab):
     shown = tab.see(
         "[...document.images].map(i => [i.complete, i.naturalWidth, i.alt, i.getBoundingClientRect().height])"

@@ -55,7 +55,7 @@ def test_the_line_is_long_enough_for_the_errors():
     ]
     assert found.errors
     assert lineup(METRICS).sentence == (
-        "The student takes over 50% of the teacher's lead over the same student trained alone."
+        "The student takes over 50% of the teacher's lead over the same student trained alone, in this one run."
     )
     assert not lineup(METRICS).errors
     assert lineup({"test/a/accuracy": 0.5}) is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any, get_args
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from rich.console import Console
@@ -56,36 +58,91 @@ def show(name: str, *, as_json: bool = False) -> None:
 
 def describe(name: str, info: FieldInfo) -> dict[str, str]:
     """A field as text: its name, type with bounds, default, and description."""
-    bounds = []
-    for item in info.metadata:
-        for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
-            if (bound := getattr(item, key, None)) is not None:
-                bounds.append(f"{sign} {bound:g}")
-    default = "required" if info.is_required() else _default(info.get_default(call_default_factory=True))  # type: ignore[call-arg]
+    bounds = _bounds(info.metadata)
+    default = "required" if info.is_required() else told(info.get_default(call_default_factory=True))  # type: ignore[call-arg]
     return {
         "field": name,
-        "type": _type(info.annotation) + (f" {', '.join(bounds)}" if bounds else ""),
+        "type": _type(info.annotation) + (f" {bounds}" if bounds else ""),
         "default": default,
         "description": info.description or "",
     }
 
 
-def _default(value: Any) -> str:
-    if isinstance(value, Spec):
-        changed = value.model_dump(mode="json", exclude_defaults=True)
-        kind = getattr(value, "kind", "") or ""
-        return " ".join([kind, *(f"{k}={v}" for k, v in changed.items())]).strip() or type(value).__name__
-    return str(value)
+def _bounds(metadata: Iterable[Any]) -> str:
+    bounds = []
+    for item in metadata:
+        # Bounds within an annotation stand in a field of their own.
+        for part in (item, *getattr(item, "metadata", ())):
+            for key, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
+                if (bound := getattr(part, key, None)) is not None:
+                    bounds.append(f"{sign} {bound:g}")
+    return ", ".join(dict.fromkeys(bounds))
+
+
+def told(value: Any) -> str:
+    """A value in plain words, with what a part of a recipe is made of: its kind or name, then what it says.
+
+    >>> told(None), told(True), told((0.1, 2)), told(())
+    ('not set', 'yes', '0.1, 2', 'none')
+    """
+    match value:
+        case None:
+            return "not set"
+        case bool():
+            return "yes" if value else "no"
+        case tuple() | list():
+            return ", ".join(map(told, value)) or "none"
+        case Spec():
+            fields = {name: getattr(value, name) for name in type(value).model_fields}
+            changed = value.model_dump(exclude_defaults=True)
+            head = str(getattr(value, "kind", "") or fields.pop("name", ""))
+            if head:
+                # Of an optimiser also what nobody leaves to a default in mind.
+                fields = {name: field for name, field in fields.items() if name in (*changed, "lr", "schedule")}
+            # What is not set, or set to nothing, says nothing.
+            parts = [f"{name} {told(field)}" for name, field in fields.items() if field not in (None, False, 0, "", ())]
+            return ", ".join(filter(None, [head, *parts])) or "as described"
+        case Mapping():
+            parts = [f"{name} {told(field)}" for name, field in value.items() if name != "kind"]
+            return ", ".join(filter(None, [str(value.get("kind", "")), *parts]))
+        case float():
+            return f"{value:g}"
+        case _:
+            return str(value)
+
+
+WORDS = {
+    float: "number",
+    int: "whole number",
+    str: "text",
+    bool: "yes or no",
+    Any: "name or mapping",
+    Path: "path",
+    type(None): "",
+}
+"""What types are called where people read them."""
 
 
 def _type(annotation: Any) -> str:
+    if annotation in WORDS:
+        return WORDS[annotation]
     arguments = get_args(annotation)
     if not arguments:
-        return str(getattr(annotation, "noun", "") or getattr(annotation, "__name__", annotation))
+        return str(getattr(annotation, "noun", "") or str(getattr(annotation, "__name__", annotation)).lower())
+    if get_origin(annotation) is Annotated:
+        bounds = _bounds(arguments[1:])
+        return _type(arguments[0]) + (f" {bounds}" if bounds else "")
     if all(isinstance(argument, str) for argument in arguments):
         return " | ".join(arguments)
-    parts = [_type(argument) for argument in arguments if argument is not Ellipsis and argument is not type(None)]
-    return " | ".join(dict.fromkeys(part for part in parts if part))
+    if get_origin(annotation) is Literal:
+        return " | ".join(
+            "no" if argument is False else "yes" if argument is True else str(argument) for argument in arguments
+        )
+    parts = [_type(argument) for argument in arguments if argument is not Ellipsis]
+    words = list(dict.fromkeys(part for part in parts if part))
+    if get_origin(annotation) in (tuple, list):
+        return f"several: {' | '.join(words)}" if Ellipsis in arguments else ", ".join(part for part in parts if part)
+    return " | ".join(words)
 
 
 def _arxiv(cls: type[Method]) -> str:

@@ -197,6 +197,21 @@ class Split:
             raise UserError(f"long_tail: the split {self.name!r} has no class labels.")
         return self.subset(long_tailed(hard(self.labels), self.facts.num_classes, ratio, most))
 
+    def not_finite(self, most: int = 4096) -> tuple[str, int] | None:
+        """Name and position of an input that is NaN or infinite; None where there is none among evenly spaced samples.
+
+        >>> Split("train", Facts({"x": (2,)}), {"x": torch.tensor([[0.0, 1.0], [torch.nan, 0.0]])}).not_finite()
+        ('x', 1)
+        """
+        for start in range(0, min(most, len(self)), 512):
+            places = self._spaced(min(most, len(self)))[start : start + 512]
+            for name, values in self.batch(places).items():
+                if values.is_floating_point():
+                    bad = ~torch.isfinite(values).flatten(1).all(1) if values.ndim > 1 else ~torch.isfinite(values)
+                    if bool(bad.any()):
+                        return name, int(places[bad.nonzero()[0, 0]])
+        return None
+
     def subset(self, indices: Int[Tensor, " part"]) -> Split:
         """A split of its own from the samples at the given positions; its ``index`` counts from 0."""
         source = self.source.select(indices)

@@ -230,8 +230,15 @@ class Fit:
         for buffer, saved in zip(self._buffers(), self.snapshots[step % 2], strict=True):
             buffer.copy_(saved)
         kept = self.checkpoints.directory if self.checkpoints.any() else None
+        batches = turn.update.batches or self.stage.batches
+        found = batches.split.not_finite() if batches is not None else None
+        why = (
+            f" (and so is {found[0]!r} of sample {found[1]} of the split {batches.split.name!r})"
+            if found and batches
+            else ""
+        )
         raise NonFiniteError(
-            f"stage {self.stage.name!r}, step {step}: the {term!r} term of update {turn.update.name!r} is NaN or infinite; "
+            f"stage {self.stage.name!r}, step {step}: the {term!r} term of update {turn.update.name!r} is NaN or infinite{why}; "
             + ("weights were left as they were" + (f" and the last good checkpoint is in {kept}." if kept else ".")),
             stage=self.stage.name,
             term=term,

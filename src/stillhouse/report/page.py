@@ -36,6 +36,12 @@ VERIFIED = {
 }
 
 
+def _test_samples(run: RunFiles) -> int | None:
+    """How many samples the test split has, where that was written down."""
+    count = (run.inputs.get("splits") or {}).get("test")
+    return count if isinstance(count, int) and count > 0 else None
+
+
 def build(directory: Path, *, version_info: Mapping[str, Any] | None = None) -> Path:
     """Write ``report.html`` of the run in ``directory``, finished or not; the same run gives the same page.
 
@@ -140,7 +146,7 @@ def _view(run: RunFiles, version_info: Mapping[str, Any] | None) -> dict[str, An
         "progress": None if run.finished else _progress(run),
         "resume": shlex.join(["stillhouse", "resume", str(run.path)]),
         "tables": [cells(table, {item.name for item in artefacts}) for table in run.tables],
-        "lineup": lineup(run.metrics or {}),
+        "lineup": lineup(run.metrics or {}, _test_samples(run)),
         "parts": parts(run),
         "data_sets": data_sets(run),
         "models": models(run),
