@@ -4,6 +4,7 @@ A page asks for it with a comment on a line of its own:
 
 - ``<!-- systems -->``: every method in the index, as two tables.
 - ``<!-- claim -->``: the recorded result of the claim of the system that the page is named after.
+- ``<!-- measured -->``: that system's rows of the tables below ``docs/benchmarks``, beside those of the baseline.
 - ``<!-- fields -->``: the fields of that system with their bounds and defaults.
 - ``<!-- modules stillhouse.losses -->``: the reference of every public module of a package.
 - ``<!-- tests engine -->``: the tests of a room, as the sentences that they are named after.
@@ -25,7 +26,7 @@ from typing import Any
 DOCS = Path(__file__).parent
 SOURCE = DOCS.parent / "src"
 PACKAGE = SOURCE / "stillhouse"
-MARKER = re.compile(r"^<!-- (systems|claim|fields|modules|tests)(?: (\S+))? -->$", re.MULTILINE)
+MARKER = re.compile(r"^<!-- (systems|claim|measured|fields|modules|tests)(?: (\S+))? -->$", re.MULTILINE)
 VERIFIED = {"official": "the official code", "reference": "a reference library", "formula": "the formula"}
 
 
@@ -65,6 +66,8 @@ def filled(markdown: str, name: str) -> str:
                 return systems()
             case ("claim", _):
                 return claim(name, recorded(name))
+            case ("measured", _):
+                return measured(name)
             case ("fields", _):
                 return fields(name)
             case ("tests", room):
@@ -131,6 +134,20 @@ def claim(name: str, result: Mapping[str, Any] | None) -> str:
         f"{made_with}.",
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def measured(name: str, folder: Path = DOCS / "benchmarks") -> str:
+    """What the tables of all methods say of one: its rows and the baseline's, the one that has nothing to be compared with."""
+    parts = []
+    for path in sorted(folder.glob("*.md")):
+        for section in re.split(r"^## ", path.read_text(), flags=re.MULTILINE)[1:]:
+            lines = [line for line in section.splitlines() if line.startswith("|")]
+            own = [line for line in lines[2:] if line.startswith(f"| `{name}`")]
+            if own:
+                baselines = [line for line in lines[2:] if line.split("|")[3:5] == ["  ", "  "] and line not in own]
+                title = section.partition("\n")[0]
+                parts.append("\n".join([f"{title}:\n", *lines[:2], *own, *baselines]))
+    return "\n\n".join(parts) or "Not measured in the tables yet."
 
 
 def verdict(result: Mapping[str, Any]) -> str:

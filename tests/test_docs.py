@@ -130,6 +130,17 @@ def test_markers_are_filled_and_nothing_else(hooks):
     assert "| `divergence` | kl \\| reverse_kl \\| js \\| tv | `kl` |" in filled
 
 
+def test_a_page_shows_its_rows_of_the_tables_of_all_methods(hooks, tmp_path):
+    head = "| method | accuracy | gain | verdict |\n|---|---|---|---|\n"
+    table = head + "| `kd` | 80 | +2 | better |\n| `supervised` | 78 |  |  |\n"
+    (tmp_path / "knowledge.md").write_text(
+        f"# All\n\nWords.\n\n## one\n\n{table}| `at` | 79 | +1 | better |\n\n## two\n\n- none\n"
+    )
+    text = hooks.measured("kd", tmp_path)
+    assert text == f"one:\n\n{table}".removesuffix("\n")
+    assert hooks.measured("fitnet", tmp_path) == "Not measured in the tables yet."
+
+
 def test_the_list_of_systems_has_every_method_and_its_verdict(hooks):
     text = hooks.systems()
     for entry in json.loads((ROOT / "src/stillhouse/index.json").read_text()):
