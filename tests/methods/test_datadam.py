@@ -107,7 +107,9 @@ def test_groups_of_classes_are_exact(tmp_path, size):
     grouped = Setting(DataDAM(network=NET, classes_per_group=size), tmp_path / "b")
     for name, term in whole.terms().items():
         torch.testing.assert_close(grouped.terms()[name], term, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(grouped.gradient(), whole.gradient(), rtol=1e-5, atol=1e-6)
+    gradient = whole.gradient()
+    # Sums in another order: float32 is exact to the size of the whole gradient, not of each of its numbers.
+    torch.testing.assert_close(grouped.gradient(), gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
 
 
 def test_images_may_change_places_within_a_class(tmp_path):
