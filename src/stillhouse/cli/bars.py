@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from stillhouse.cli.running import stop_on_signals
+from stillhouse.engine import Interrupted, Signals
+
+
+@contextmanager
+def continuable(console: Console) -> Iterator[Signals]:
+    """Signals by which Ctrl-C and SIGTERM stop a bench within the block; the command then ends with a word on going on."""
+    signals = Signals()
+    stop_on_signals(signals)
+    try:
+        yield signals
+    except (Interrupted, KeyboardInterrupt):
+        console.print("stopped; the same command continues.", highlight=False)
+        raise SystemExit(Interrupted.exit_code) from None
 
 
 class Bars:

@@ -13,10 +13,8 @@ from rich.markup import escape
 from stillhouse.bench.arms import Arm, arrange, baseline_of
 from stillhouse.bench.comparison import Comparing, Comparison, compare_arms, default_out, gave_way
 from stillhouse.bench.work import without_password
-from stillhouse.cli.bars import Bars
-from stillhouse.cli.running import stop_on_signals
+from stillhouse.cli.bars import Bars, continuable
 from stillhouse.cli.tables import result_table
-from stillhouse.engine import Interrupted, Signals
 from stillhouse.errors import RunError, UserError
 from stillhouse.report.comparison import tables
 
@@ -43,27 +41,21 @@ def compare(
     line = baseline_of(arms, baseline)
     home = out or default_out(arms)
     _say_terms(arms, line, seeds, home, console)
-    signals = Signals()
-    stop_on_signals(signals)
     over = Comparing(home, {arm.name: arm.recipe for arm in arms}, range(seeds)).ended() if home.exists() else 0
-    try:
-        with Bars(console, "comparison", over=over, total=seeds * len(arms)) as bars:
-            comparison = compare_arms(
-                arms,
-                seeds=seeds,
-                baseline=line,
-                metric=metric,
-                out=home,
-                jobs=jobs,
-                storage=storage,
-                cache=True,
-                command=command(storage),
-                signals=signals,
-                watch=bars.watch,
-            )
-    except (Interrupted, KeyboardInterrupt):
-        console.print("stopped; the same command continues.", highlight=False)
-        raise SystemExit(Interrupted.exit_code) from None
+    with continuable(console) as signals, Bars(console, "comparison", over=over, total=seeds * len(arms)) as bars:
+        comparison = compare_arms(
+            arms,
+            seeds=seeds,
+            baseline=line,
+            metric=metric,
+            out=home,
+            jobs=jobs,
+            storage=storage,
+            cache=True,
+            command=command(storage),
+            signals=signals,
+            watch=bars.watch,
+        )
     show(comparison, console)
     if as_json:
         print(json.dumps(comparison.dump(), indent=1, allow_nan=False))

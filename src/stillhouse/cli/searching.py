@@ -18,11 +18,9 @@ from stillhouse.bench.searching import (
     search_ranges,
     split_arguments,
 )
-from stillhouse.cli.bars import Bars
+from stillhouse.cli.bars import Bars, continuable
 from stillhouse.cli.comparing import command
-from stillhouse.cli.running import stop_on_signals
 from stillhouse.cli.tables import result_table
-from stillhouse.engine import Interrupted, Signals
 from stillhouse.report.formatting import number
 from stillhouse.report.search import trials_table
 
@@ -53,25 +51,19 @@ def search(
     console.print(f"searched{origin}:", highlight=False)
     for one in ranges:
         console.print(f"  {one.told()}", highlight=False, markup=False)
-    signals = Signals()
-    stop_on_signals(signals)
-    try:
-        with Bars(console, Searching.noun, over=0, total=trials) as bars:
-            found = search_ranges(
-                recipe,
-                ranges,
-                trials=trials,
-                out=home,
-                jobs=jobs,
-                storage=storage,
-                cache=True,
-                command=command(storage),
-                signals=signals,
-                watch=bars.watch,
-            )
-    except (Interrupted, KeyboardInterrupt):
-        console.print("stopped; the same command continues.", highlight=False)
-        raise SystemExit(Interrupted.exit_code) from None
+    with continuable(console) as signals, Bars(console, Searching.noun, over=0, total=trials) as bars:
+        found = search_ranges(
+            recipe,
+            ranges,
+            trials=trials,
+            out=home,
+            jobs=jobs,
+            storage=storage,
+            cache=True,
+            command=command(storage),
+            signals=signals,
+            watch=bars.watch,
+        )
     show(found, console)
     if as_json:
         print(json.dumps(found.dump(), indent=1, allow_nan=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,10 +11,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from stillhouse.errors import UserError
 from stillhouse.report.charts import Dot, scatter
 from stillhouse.report.formatting import GAVE_WAY, column, duration, number, signed, size
-from stillhouse.report.page import filled
+from stillhouse.report.page import build_from
 from stillhouse.report.results import with_error
 
 COSTS: dict[str, tuple[str, str, float, Callable[[float], str]]] = {
@@ -33,16 +31,7 @@ def build_comparison(directory: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    from stillhouse.engine.storage import write_text
-
-    source = directory / "comparison.json"
-    if not source.exists():
-        raise UserError(f"{directory} holds no finished comparison: there is no comparison.json in it.")
-    page = directory / "comparison.html"
-    text = filled("comparison.html.j2", _view(json.loads(source.read_text(encoding="utf-8")), directory))
-    # ASCII alone, so that no reader can take it for another encoding.
-    write_text(page, text.encode("ascii", "xmlcharrefreplace").decode("ascii"))
-    return page
+    return build_from(directory, "comparison", _view)
 
 
 @dataclass(frozen=True)

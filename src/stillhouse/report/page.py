@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,21 @@ VERIFIED = {
     "reference": "its loss was checked against a reference library",
     "formula": "its loss was checked against the paper's formulas",
 }
+
+
+def build_from(directory: Path, noun: str, view: Callable[[Mapping[str, Any], Path], Mapping[str, Any]]) -> Path:
+    """Write ``<noun>.html`` from the ``<noun>.json`` in a directory, by the template of that name; returns the page.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    source, page = directory / f"{noun}.json", directory / f"{noun}.html"
+    if not source.exists():
+        raise UserError(f"{directory} holds no finished {noun}: there is no {noun}.json in it.")
+    text = filled(f"{noun}.html.j2", view(json.loads(source.read_text(encoding="utf-8")), directory))
+    # ASCII alone, so that no reader can take it for another encoding.
+    write_text(page, text.encode("ascii", "xmlcharrefreplace").decode("ascii"))
+    return page
 
 
 def _test_samples(run: RunFiles) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from stillhouse.errors import UserError
 from stillhouse.report.charts import Axis, Line, chart
 from stillhouse.report.formatting import compact, duration, number, ticks
-from stillhouse.report.page import filled
+from stillhouse.report.page import build_from
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 12, 26
@@ -25,16 +23,7 @@ def build_search(directory: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    from stillhouse.engine.storage import write_text
-
-    source = directory / "search.json"
-    if not source.exists():
-        raise UserError(f"{directory} holds no finished search: there is no search.json in it.")
-    page = directory / "search.html"
-    text = filled("search.html.j2", _view(json.loads(source.read_text(encoding="utf-8")), directory))
-    # ASCII alone, so that no reader can take it for another encoding.
-    write_text(page, text.encode("ascii", "xmlcharrefreplace").decode("ascii"))
-    return page
+    return build_from(directory, "search", _view)
 
 
 def trials_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

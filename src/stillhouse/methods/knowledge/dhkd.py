@@ -10,11 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stillhouse.engine import Losses, Optimizer, Paper, Projection, Result, Run, Table, Weight
-from stillhouse.engine.heatmap import heat_map
 from stillhouse.errors import UserError
 from stillhouse.losses import cross_entropy
 from stillhouse.losses.logit_matching import binary_kl, binary_kl_norm
 from stillhouse.methods.distillation import CIFAR_SGD, KnowledgeDistillation, Reads
+from stillhouse.methods.heatmap import heat_map
 from stillhouse.methods.wiring import Pair, Wiring
 from stillhouse.metrics.probes import gradient_cosines, head_and_backbone, pull_and_push, simplex_vertices
 from stillhouse.modules.projectors import AuxiliaryHead

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stillhouse import losses
 from stillhouse.data import Batch, Split
+from stillhouse.data.dataset import hard
 from stillhouse.engine import (
     Losses,
     Modules,
@@ -27,10 +28,10 @@ from stillhouse.engine import (
     Weight,
     measuring,
 )
-from stillhouse.engine.heatmap import heat_map
 from stillhouse.errors import UserError
 from stillhouse.losses.logit_matching import standardize
 from stillhouse.methods.distillation import CIFAR_SGD, KnowledgeDistillation, soft_loss
+from stillhouse.methods.heatmap import heat_map
 from stillhouse.methods.supervised import hard_loss, made_of
 from stillhouse.methods.teacher import TrainedTeacher
 from stillhouse.methods.teacher_outputs import PartlyStored, TeacherOutputs
@@ -177,7 +178,6 @@ class MixKD(KnowledgeDistillation):
             return {}
         split = run.data.split("test" if "test" in run.data.splits else "validation")
         split = split.take(min(2000, len(split)))
-        labels = split.labels.argmax(1) if split.labels.is_floating_point() else split.labels
         found: dict[str, float] = {}
         networks = {"student": wiring.student, **wiring.teachers}
         for name, network in networks.items():
@@ -188,6 +188,8 @@ class MixKD(KnowledgeDistillation):
             with measuring(network):
                 batches = list(split.in_order(512, device=run.world.device))
                 said, embedded = _embedded(network, batches)
+            # Of the samples that were read: a forecast is given some.
+            labels = hard(torch.cat([batch.labels for batch in batches]).cpu())
             numbers = smoothness(said, labels)
             deviations = said.double().std(-1)
             numbers |= {f"logit_std_p{p}": float(deviations.quantile(p / 100)) for p in (10, 50, 90)}
