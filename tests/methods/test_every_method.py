@@ -36,6 +36,8 @@ KERNEL = [
     "data_free_epochs=3",
     "data_free_teacher={kind: trained, model: 'cnn:4', epochs: 1}",
 ]
+EXPERTS = ["experts.count=2", "experts.epochs=3", "experts.batch_size=512"]
+MATCHED = [*CONDENSED[1:], "network.width=4", *EXPERTS, "num_steps=4", "inner_steps=3", "max_start_epoch=2"]
 DRAWN = ["num_steps=6", "batch_size=4", "eval_samples=12", "probe={kind: cnn, channels: [4]}", "probe_epochs=1"]
 SMALL_UNET = "{kind: unet, width: 8, multipliers: [1]}"
 CODED = ["data.size=16", "model.widths=[4]", "model.dense_widths=[8]", "num_steps=8", "batch_size=16"]
@@ -49,6 +51,8 @@ TINY = {
     "quantized-infogan": CODED,
     "datadam": [*CONDENSED, "num_steps=6", "batch_real=4"],
     "dm": [*CONDENSED, "num_steps=6", "batch_real=4"],
+    "expert-trajectories": ["network.width=4", *EXPERTS, "sharpness_samples=20"],
+    **dict.fromkeys(["mtt", "tesla"], MATCHED),
     "denoiser": [*DRAWN, f"model={SMALL_UNET}", "eval_steps=[2, 1]"],
     "clip": ["epochs=2", "batch_size=32", "data.per_class=20", "model.width=6"],
     "dmd2": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from statistics import fmean, pstdev
@@ -39,12 +40,12 @@ class Condensation(Scoring):
 
     # Where the images start -----------------------------------------------------------------------------------------
 
-    def start(self, run: Run, how: Start) -> Generator[Compute | SubRun, Any, DistilledSet]:
-        """The set before any training: chosen real images, or noise."""
+    def start(self, run: Run, how: Start, **more: Any) -> Generator[Compute | SubRun, Any, DistilledSet]:
+        """The set before any training: chosen real images, or noise; ``more`` goes to :class:`DistilledSet`."""
         split, facts = run.data.split("train"), run.data.facts
         classes = self.check_data(run)
         scale = run.data.scale
-        space: dict[str, Any] = {"mean": scale.mean, "std": scale.std} if scale is not None else {}
+        space: dict[str, Any] = {**more, "mean": scale.mean, "std": scale.std} if scale is not None else more
         provenance: dict[str, Any] = {"method": self.name, "data": run.data.name, "seed": run.seed}
         if how == "noise":
             size = (classes * self.images_per_class, *image(facts))
@@ -78,10 +79,25 @@ class Condensation(Scoring):
             form=lambda: random_selection(split.labels, self.images_per_class),
             part=lambda _, share: some(share),
         )
-        images = torch.cat([split.batch(part)["pixel_values"] for part in chosen.split(512)])
-        # Selections are grouped by class already, so these are the positions of the images in their order.
-        provenance["start"] = {"samples": chosen.tolist()}
-        return DistilledSet(images, split.labels[chosen], num_classes=classes, provenance=provenance, **space)
+        return self.chosen_set(run, chosen, **more)
+
+    def chosen_set(self, run: Run, chosen: Tensor, **more: Any) -> DistilledSet:
+        """A set of the real images at the given positions, which are grouped by class; ``more`` goes to it."""
+        split, scale = run.data.split("train"), run.data.scale
+        space: dict[str, Any] = {"mean": scale.mean, "std": scale.std} if scale is not None else {}
+        images = torch.cat([split.batch(part)["pixel_values"] for part in torch.split(chosen, 512)])
+        provenance = {
+            "method": self.name,
+            "data": run.data.name,
+            "seed": run.seed,
+            "start": {"samples": chosen.tolist()},
+        }
+        labels = more.pop("labels", None)
+        if labels is None:
+            labels = split.labels[chosen]
+        return DistilledSet(
+            images, labels, num_classes=run.data.facts.num_classes, provenance=provenance, **space, **more
+        )
 
     def check_data(self, run: Run) -> int:
         """The number of classes, when the data can be condensed at all."""
@@ -109,9 +125,18 @@ class Condensation(Scoring):
         """Test accuracy of fresh networks trained on the set, by architecture; last epoch, never the best."""
         # The set as it stands now: a later stage may go on changing it.
         tensors = {"pixel_values": distilled.images.detach().cpu().clone(), "labels": distilled.targets().cpu().clone()}
-        specs = self.architectures().items()
-        trainings = {key: [self.training(spec, tensors)] * self.eval_networks for key, spec in specs}
+        optimizer = self.scoring_optimizer(distilled)
+        trainings = {
+            key: [replace(self.training(spec, tensors), optimizer=optimizer)] * self.eval_networks
+            for key, spec in self.architectures().items()
+        }
         return (yield from self.trained(run, name, trainings))
+
+    def scoring_optimizer(self, distilled: DistilledSet) -> Optimizer:
+        """The optimiser of networks that are trained on the set; a set that has a step size of its own brings it along."""
+        if distilled.lr is None:
+            return self.eval_optimizer
+        return self.eval_optimizer.model_copy(update={"lr": float(distilled.lr.detach())})
 
     # How it is handed over ------------------------------------------------------------------------------------------
 
@@ -134,7 +159,7 @@ class Condensation(Scoring):
             "networks": self.eval_networks,
             "epochs": self.eval_epochs,
             "batch_size": self.eval_batch_size,
-            "optimizer": self.eval_optimizer.dump(),
+            "optimizer": self.scoring_optimizer(distilled).dump(),
             "augment": self.augment.dump(),
         }
         card = Card(
