@@ -21,6 +21,8 @@ class Facts:
         vocabulary_size: ids of tokens, or of the labels of a graph's nodes, are smaller than this; ``None`` where there are
             none or it is not known.
         edge_vocabulary_size: ids of the labels of a graph's edges are smaller than this; ``None`` likewise.
+        vocabulary: what the ids of node labels stand for, in their order; without those that stand for nothing known.
+        edge_vocabulary: the same of edge labels.
     """
 
     inputs: dict[str, tuple[int, ...]]
@@ -30,6 +32,8 @@ class Facts:
     factors: dict[str, int] = field(default_factory=dict)
     vocabulary_size: int | None = None
     edge_vocabulary_size: int | None = None
+    vocabulary: tuple[str, ...] = ()
+    edge_vocabulary: tuple[str, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
+from sklearn.metrics import accuracy_score, log_loss, roc_auc_score, top_k_accuracy_score
 
 from stillhouse.data import Batch
 from stillhouse.errors import UserError
@@ -17,6 +17,7 @@ from stillhouse.metrics import (
     expected_calibration_error,
     mean_total_variation,
     negative_log_likelihood,
+    roc_auc,
     topk_accuracy,
 )
 
@@ -205,3 +206,19 @@ def test_one_sentence_for_what_is_wrong(call, message):
 def test_a_model_for_other_classes_is_named_as_such():
     with pytest.raises(UserError, match="1 labels are of classes beyond the 7 of these predictions"):
         classification(lambda batch: torch.zeros(2, 7), [{"labels": torch.tensor([0, 9])}])
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_area_under_the_curve_is_sklearns_with_ties(classes):
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randint(-2, 3, (60, classes), generator=generator).double()
+    labels = torch.randint(classes, (60,), generator=generator)
+    scores = logits.log_softmax(-1) if classes > 2 else (logits[:, 1:] - logits[:, :1])
+    each = range(classes) if classes > 2 else [1]
+    expected = [roc_auc_score(labels == c, column) for c, column in zip(each, scores.T, strict=True)]
+    assert roc_auc(logits, labels).item() == pytest.approx(sum(expected) / len(expected), abs=1e-12)
+
+
+def test_the_area_under_the_curve_needs_samples_of_both_kinds():
+    with pytest.raises(UserError, match="needs samples of class 1 and of others"):
+        roc_auc(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long))

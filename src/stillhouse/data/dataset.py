@@ -466,12 +466,13 @@ class DataSpec(Tagged):
         scale: PixelScale | None = None,
         aside: frozenset[str] = frozenset(),
         tokenize: Tokenize | None = None,
-        vocabulary_size: int | None = None,
-        edge_vocabulary_size: int | None = None,
+        vocabulary: Sequence[str] | None = None,
+        edge_vocabulary: Sequence[str] | None = None,
     ) -> Data:
         """Put a data set together from the splits' samples; cuts the training split to ``train_size``.
 
-        A vocabulary, like a pixel scale, belongs to the whole training split, so that a teacher trained on all and a
+        A ``vocabulary`` names the labels of nodes in the order of their ids, which have one more for all others. A
+        vocabulary, like a pixel scale, belongs to the whole training split, so that a teacher trained on all and a
         student trained on few samples read the same ids.
         """
         held = {name: part if isinstance(part, Source) else Memory(part) for name, part in sources.items()}
@@ -483,8 +484,10 @@ class DataSpec(Tagged):
             task=task,
             class_names=tuple(class_names),
             factors=dict(factors or {}),
-            vocabulary_size=vocabulary_size if tokenize is None else tokenize.vocabulary_size,
-            edge_vocabulary_size=edge_vocabulary_size,
+            vocabulary_size=_beyond(vocabulary) if tokenize is None else tokenize.vocabulary_size,
+            edge_vocabulary_size=_beyond(edge_vocabulary),
+            vocabulary=tuple(vocabulary or ()),
+            edge_vocabulary=tuple(edge_vocabulary or ()),
         )
         learned = () if tokenize is None else tokenize.sums
         splits = {name: Split(name, facts, source, scale=scale, aside=aside) for name, source in held.items()}
@@ -504,6 +507,11 @@ class DataSpec(Tagged):
                 )
             return train.take(self.train_size)
         return train if self.long_tail is None else train.long_tailed(self.long_tail.ratio, self.long_tail.most)
+
+
+def _beyond(vocabulary: Sequence[str] | None) -> int | None:
+    """Number of ids: one for each name, and one for what has none."""
+    return None if vocabulary is None else len(vocabulary) + 1
 
 
 class PixelSpec(DataSpec):

@@ -174,7 +174,9 @@ class TUDataset(Carving, LocalFiles):
         counts = {name: round(share * known.graphs) for name, share in shares.items()}
         counts = {"train": known.graphs - sum(counts.values()), **{n: count for n, count in counts.items() if count}}
         sources = {name: Blank(count, form, known.classes) for name, count in counts.items()}
-        return self.assemble(sources, ["blank"], num_classes=known.classes, vocabulary_size=known.labels + 1)
+        return self.assemble(
+            sources, ["blank"], num_classes=known.classes, vocabulary=[str(n) for n in range(known.labels)]
+        )
 
     def load(self) -> Data:
         files = Files(self)
@@ -198,8 +200,8 @@ class TUDataset(Carving, LocalFiles):
             {name: {key: tensor[index] for key, tensor in source.items()} for name, index in parts.items()},
             files.read_sums,
             class_names=class_names,
-            vocabulary_size=nodes,
-            edge_vocabulary_size=edges,
+            vocabulary=nodes,
+            edge_vocabulary=edges,
         )
 
     def _node_labels(self, found: _Found, rows: Tensor) -> list[list[Label]]:
@@ -228,15 +230,16 @@ class TUDataset(Carving, LocalFiles):
         return labels
 
 
-def numbered(labels: Sequence[Sequence[Label]], rows: Int[Tensor, " rows"]) -> tuple[list[list[int]], int]:
+def numbered(labels: Sequence[Sequence[Label]], rows: Int[Tensor, " rows"]) -> tuple[list[list[int]], list[str]]:
     """Labels as ids from 0 in ascending order of the labels that the graphs ``rows`` have; all others get one id more.
 
     Returns:
-        The ids, and how many there are, that of unseen labels included.
+        The ids, and the names of the labels by their ids; unseen ones have none.
     """
     seen = sorted({label for row in rows.tolist() for label in labels[row]})
     ids = {label: place for place, label in enumerate(seen)}
-    return [[ids.get(label, len(seen)) for label in part] for part in labels], len(seen) + 1
+    names = [",".join(f"{number:g}" for number in label) for label in seen]
+    return [[ids.get(label, len(seen)) for label in part] for part in labels], names
 
 
 @dataclass(frozen=True)
@@ -380,7 +383,7 @@ class GraphMotifs(DataSpec):
             {name: {key: tensor[index] for key, tensor in source.items()} for name, index in parts.items()},
             [],
             class_names=["branch 1-2", "branch 2-1"] if self.skewed else ["triangle", "path"],
-            vocabulary_size=4 if self.skewed else 5,
+            vocabulary=["0", "1", "2"] if self.skewed else ["0", "1", "2", "3"],
         )
 
 

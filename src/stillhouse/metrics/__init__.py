@@ -7,6 +7,7 @@ from stillhouse.metrics.classification import (
     expected_calibration_error,
     mean_total_variation,
     negative_log_likelihood,
+    roc_auc,
     topk_accuracy,
 )
 from stillhouse.metrics.condensation import augmentation_robust_score, label_robust_score
@@ -43,6 +44,7 @@ __all__ = [
     "parameters",
     "regression",
     "retrieval_rank1",
+    "roc_auc",
     "shot_accuracy",
     "smoothness",
     "spread",

@@ -40,6 +40,34 @@ def topk_accuracy(logits: Logits, labels: Labels, k: int = 5) -> Float[Tensor, "
     return _double(_in_top(logits, labels, k)).mean()
 
 
+def roc_auc(logits: Logits, labels: Labels) -> Float[Tensor, ""]:
+    """Probability that a sample of a class scores higher for it than one of another does, ties counting a half.
+
+    The area under the ROC curve of the difference of two logits; with more classes the mean over these, each against all
+    others by its log-probability.
+
+    >>> roc_auc(torch.tensor([[2.0, 1.0], [0.0, 1.0], [0.0, 0.5]]), torch.tensor([0, 1, 0])).item()
+    1.0
+
+    Raises:
+        UserError: a class has no sample, or all are of it, or the shapes do not belong together.
+    """
+    _check(logits, labels)
+    scores = _double(logits).log_softmax(-1)
+    if logits.shape[-1] == 2:
+        scores = _double(logits[:, 1:]) - _double(logits[:, :1])
+    areas = []
+    for place, column in enumerate(scores.unbind(1)):
+        label = place if logits.shape[-1] > 2 else 1
+        ours, theirs = column[labels == label], column[labels != label]
+        if not len(ours) or not len(theirs):
+            raise UserError(f"The area under the ROC curve needs samples of class {label} and of others.")
+        ordered = theirs.sort().values
+        below, up_to = torch.searchsorted(ordered, ours), torch.searchsorted(ordered, ours, right=True)
+        areas.append(_double(below + up_to).mean() / (2 * len(theirs)))
+    return torch.stack(areas).mean()
+
+
 def negative_log_likelihood(logits: Logits, labels: Labels) -> Float[Tensor, ""]:
     """Mean of -log p(label), in nats.
 
