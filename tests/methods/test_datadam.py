@@ -103,13 +103,11 @@ def test_the_siamese_seed_matters(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 3, 10])
 def test_groups_of_classes_are_exact(tmp_path, size):
-    whole = Setting(DataDAM(network=NET), tmp_path / "a")
-    grouped = Setting(DataDAM(network=NET, classes_per_group=size), tmp_path / "b")
+    whole = Setting(DataDAM(network=NET), tmp_path / "a").double()
+    grouped = Setting(DataDAM(network=NET, classes_per_group=size), tmp_path / "b").double()
     for name, term in whole.terms().items():
-        torch.testing.assert_close(grouped.terms()[name], term, rtol=1e-6, atol=1e-7)
-    gradient = whole.gradient()
-    # Sums in another order: float32 is exact to the size of the whole gradient, not of each of its numbers.
-    torch.testing.assert_close(grouped.gradient(), gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
+        torch.testing.assert_close(grouped.terms()[name], term, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(grouped.gradient(), whole.gradient(), rtol=1e-10, atol=1e-12)
 
 
 def test_images_may_change_places_within_a_class(tmp_path):

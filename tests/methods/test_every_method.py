@@ -66,6 +66,8 @@ TINY = {
         "regression_pairs=8",
         "regression_steps=3",
     ],
+    "dc": [*CONDENSED, "num_steps=3", "batch_real=4", "outer_loop=2", "inner_loop=2"],
+    "dsa": [*CONDENSED, "num_steps=3", "batch_real=4", "outer_loop=2", "inner_loop=2"],
     "herding": CONDENSED,
     "hello": [
         "foundation.data.per_class=12",

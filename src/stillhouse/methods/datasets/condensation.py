@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -46,14 +47,13 @@ class Condensation(Scoring):
         classes = self.check_data(run)
         scale = run.data.scale
         space: dict[str, Any] = {**more, "mean": scale.mean, "std": scale.std} if scale is not None else more
-        provenance: dict[str, Any] = {"method": self.name, "data": run.data.name, "seed": run.seed}
         if how == "noise":
             size = (classes * self.images_per_class, *image(facts))
             made = yield Compute(
                 "start", lambda _: {"images": torch.randn(size)}, form=lambda: {"images": torch.zeros(size)}
             )
             labels = torch.arange(classes).repeat_interleave(self.images_per_class)
-            provenance["start"] = "noise"
+            provenance = {"method": self.name, "data": run.data.name, "seed": run.seed, "start": "noise"}
             return DistilledSet(made["images"], labels, num_classes=classes, provenance=provenance, **space)
         features: Callable[[Split], Tensor] = lambda _: torch.empty(0)  # noqa: E731
         if how != "random":
@@ -79,25 +79,29 @@ class Condensation(Scoring):
             form=lambda: random_selection(split.labels, self.images_per_class),
             part=lambda _, share: some(share),
         )
-        return self.chosen_set(run, chosen, **more)
+        return self.chosen(run, chosen, **more)
 
-    def chosen_set(self, run: Run, chosen: Tensor, **more: Any) -> DistilledSet:
-        """A set of the real images at the given positions, which are grouped by class; ``more`` goes to it."""
+    def chosen(self, run: Run, index: Tensor, **more: Any) -> DistilledSet:
+        """The real images at ``index`` of the training split, grouped by class; ``more`` goes to :class:`DistilledSet`."""
         split, scale = run.data.split("train"), run.data.scale
+        images = torch.cat([split.batch(part)["pixel_values"] for part in torch.split(index, 512)])
         space: dict[str, Any] = {"mean": scale.mean, "std": scale.std} if scale is not None else {}
-        images = torch.cat([split.batch(part)["pixel_values"] for part in torch.split(chosen, 512)])
-        provenance = {
-            "method": self.name,
-            "data": run.data.name,
-            "seed": run.seed,
-            "start": {"samples": chosen.tolist()},
-        }
-        labels = more.pop("labels", None)
-        if labels is None:
-            labels = split.labels[chosen]
-        return DistilledSet(
-            images, labels, num_classes=run.data.facts.num_classes, provenance=provenance, **space, **more
-        )
+        start = {"samples": index.tolist()}
+        provenance = {"method": self.name, "data": run.data.name, "seed": run.seed, "start": start}
+        classes = run.data.facts.num_classes
+        return DistilledSet(images, split.labels[index], num_classes=classes, provenance=provenance, **space, **more)
+
+    def drawn(self, run: Run, count: int) -> Int[Tensor, "classes count"]:
+        """Positions of ``count`` random training images of each class; of fewer in a class some are drawn twice."""
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        rows = []
+        for members in run.data.split("train").by_class().values():
+            enough = len(members) >= count
+            drawn = torch.randperm(len(members), generator=generator)[:count]
+            if not enough:
+                drawn = torch.randint(len(members), (count,), generator=generator)
+            rows.append(members[drawn])
+        return torch.stack(rows)
 
     def check_data(self, run: Run) -> int:
         """The number of classes, when the data can be condensed at all."""

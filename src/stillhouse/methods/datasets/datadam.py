@@ -72,31 +72,30 @@ class Matching(Condensation):
         return self.concluded(run, distilled, scores, pictures={"start": before}, notes=[note])
 
     def prepare(self, m: Modules, batch: Batch, run: Run) -> Batch:
-        """A fresh network and a batch of real images, [classes, batch_real, channels, height, width]."""
+        """A fresh network and real images of each class, or where they are if groups of classes are read one by one."""
         if not self.fixed_network:
             initialise(m.net)
-        split, generator = run.data.split("train"), torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        rows = []
-        for members in split.by_class().values():
-            enough = len(members) >= self.batch_real
-            drawn = torch.randperm(len(members), generator=generator)[: self.batch_real]
-            if not enough:
-                drawn = torch.randint(len(members), (self.batch_real,), generator=generator)
-            rows.append(members[drawn])
-        index = torch.stack(rows)
-        real = split.batch(index.flatten(), device=run.world.device)["pixel_values"]
-        return Batch(real=real.view(*index.shape, *real.shape[1:]), index=index)
+        index = self.drawn(run, self.batch_real)
+        if self.classes_per_group is not None:
+            return Batch(index=index)
+        return Batch(index=index, real=self.fetched(run, index))
+
+    def fetched(self, run: Run, index: Tensor) -> Tensor:
+        """Real images at ``index``, [classes, n, channels, height, width]."""
+        real = run.data.split("train").batch(index.flatten(), device=run.world.device)["pixel_values"]
+        return real.view(*index.shape, *real.shape[1:])
 
     def match(self, taps: Taps, m: Modules, batch: Batch, run: Run) -> Iterator[Losses]:
         """The terms, in pieces of ``classes_per_group`` classes; exact, because the loss is a sum over classes."""
-        real, synthetic = batch["real"], m.set.by_class
-        size = (real.shape[-2], real.shape[-1])
-        params = self.augment.draw(len(real), size, generator=run.generator())
-        others = params if self.siamese else self.augment.draw(len(real), size, generator=run.generator())
-        classes = torch.arange(len(real))[run.world.rank :: run.world.size]
-        for group in torch.split(classes, self.classes_per_group or len(real)):
+        synthetic = m.set.by_class
+        count, size = len(synthetic), (synthetic.shape[-2], synthetic.shape[-1])
+        params = self.augment.draw(count, size, generator=run.generator())
+        others = params if self.siamese else self.augment.draw(count, size, generator=run.generator())
+        classes = torch.arange(count)[run.world.rank :: run.world.size]
+        for group in torch.split(classes, self.classes_per_group or count):
             with torch.no_grad():
-                real_layers = self._layers(m.net, apply(real[group], params[group]), taps)
+                real = batch["real"][group] if "real" in batch else self.fetched(run, batch["index"][group])
+                real_layers = self._layers(m.net, apply(real, params[group]), taps)
             layers = self._layers(m.net, apply(synthetic[group], others[group]), taps)
             # The engine averages over processes, and each of them sums over its own classes only.
             scale = run.world.size
