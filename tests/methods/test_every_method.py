@@ -38,6 +38,13 @@ KERNEL = [
 ]
 EXPERTS = ["experts.count=2", "experts.epochs=3", "experts.batch_size=512"]
 MATCHED = [*CONDENSED[1:], "network.width=4", *EXPERTS, "num_steps=4", "inner_steps=3", "max_start_epoch=2"]
+RELABELLED = [
+    "network={kind: cnn, channels: [4, 4]}",
+    "teacher={kind: trained, model: {kind: cnn, channels: [4, 4]}, epochs: 1}",
+    "images_per_class=2",
+    "eval_epochs=4",
+    "eval_networks=2",
+]
 DRAWN = ["num_steps=6", "batch_size=4", "eval_samples=12", "probe={kind: cnn, channels: [4]}", "probe_epochs=1"]
 SMALL_UNET = "{kind: unet, width: 8, multipliers: [1]}"
 CODED = ["data.size=16", "model.widths=[4]", "model.dense_widths=[8]", "num_steps=8", "batch_size=16"]
@@ -96,6 +103,8 @@ TINY = {
     ],
     "k-center": CONDENSED,
     "random-selection": CONDENSED,
+    "rded": [*RELABELLED, "pool=20", "crops=2"],
+    "sre2l": [*RELABELLED, "num_steps=6", "batch_size=8"],
     "kd": ["epochs=1", "teacher.epochs=1", "student.channels=[4, 4]", "teacher.model.channels=[8]"],
     "dhkd": DISTILLED,
     "nd-loss": [*DISTILLED, "also=[{kind: kd, weight_soft: {start: 0, end: 1, until: 0.5, by: epoch}}]"],

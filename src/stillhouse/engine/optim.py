@@ -25,7 +25,10 @@ class Optimizer(Spec):
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of adam and adamw")
     eps: float = Field(1e-8, gt=0, description="denominator guard of adam and adamw")
     schedule: Literal["constant", "cosine", "linear", "step", "table"] = Field(
-        "constant", description="shape of the learning rate after warm-up; cosine and linear end at 0"
+        "constant", description="shape of the learning rate after warm-up; cosine and linear end at 0 (see stretch)"
+    )
+    stretch: float = Field(
+        1.0, ge=1, description="length of 'cosine' and 'linear' in trainings: at 2 a cosine ends at half of its peak"
     )
     warmup: int = Field(0, ge=0, description="firings over which the learning rate rises linearly from 0")
     milestones: tuple[float, ...] = Field(
@@ -99,11 +102,12 @@ class Optimizer(Spec):
         if firing < self.warmup:
             return self.lr * (firing + 1) / self.warmup
         progress = (firing - self.warmup) / max(1, total - self.warmup)
+        stretched = progress / self.stretch
         match self.schedule:
             case "cosine":
-                return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+                return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, stretched)))
             case "linear":
-                return self.lr * max(0.0, 1 - progress)
+                return self.lr * max(0.0, 1 - stretched)
             case "step":
                 return self.lr * self.gamma ** sum(progress >= milestone for milestone in self.milestones)
             case "table":

@@ -194,6 +194,12 @@ class DistilledSet(nn.Module):
         """The images as real pixel values, cut to [0, 1]; without gradient."""
         return self._unstandardised().clamp(0, 1)
 
+    @torch.no_grad()
+    def cut(self) -> None:
+        """Cut the images, in place, to values whose :attr:`pixels` are in [0, 1]."""
+        mean, std = self.mean[:, None, None], self.std[:, None, None]
+        self.images.copy_(torch.maximum(torch.minimum(self.images, (1 - mean) / std), -mean / std))
+
     @property
     def clipped(self) -> float:
         """Fraction of the values outside [0, 1] by more than rounding, which :attr:`pixels` cuts."""

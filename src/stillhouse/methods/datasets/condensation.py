@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stillhouse.data import Facts, Split
 from stillhouse.data.export import Card, DistilledExport
-from stillhouse.engine import Compute, Result, Run, Stages, SubRun, Table, measuring
+from stillhouse.engine import Compute, Result, Run, Saveable, Stages, SubRun, Table, measuring
 from stillhouse.errors import UserError
 from stillhouse.methods.datasets.scoring import Scoring
 from stillhouse.methods.supervised import Supervised
@@ -145,9 +145,18 @@ class Condensation(Scoring):
     # How it is handed over ------------------------------------------------------------------------------------------
 
     def concluded(
-        self, run: Run, distilled: DistilledSet, scores: dict[str, dict[str, list[float]]], **more: Any
+        self,
+        run: Run,
+        distilled: DistilledSet,
+        scores: dict[str, dict[str, list[float]]],
+        protocol: Mapping[str, Any] | None = None,
+        artefacts: Mapping[str, Saveable] | None = None,
+        **more: Any,
     ) -> Result:
-        """The result: the set in open formats with its card, a row per score, pictures."""
+        """The result: the set in open formats with its card, a row per score, pictures.
+
+        ``protocol`` says in the card what differs from the usual training on the set.
+        """
         metrics: dict[str, float] = {}
         rows: list[list[str | float | int]] = []
         for label, by_architecture in scores.items():
@@ -158,7 +167,7 @@ class Condensation(Scoring):
                 rows.append([label, network, round(fmean(values), 4), round(pstdev(values), 4), len(distilled)])
         main = "distilled" if "distilled" in scores else next(iter(scores))
         metrics["test/accuracy"] = metrics[f"test/{main}/accuracy"]
-        protocol = {
+        usual = {
             "network": self.architecture().dump(),
             "networks": self.eval_networks,
             "epochs": self.eval_epochs,
@@ -170,7 +179,7 @@ class Condensation(Scoring):
             method=self.name,
             source=run.data.name,
             seed=run.seed,
-            protocol=protocol,
+            protocol={**usual, **(protocol or {})},
             paper=self.paper.title,
             results={name: value for name, value in metrics.items() if name.endswith("accuracy")},
             class_names=run.data.facts.class_names,
@@ -183,7 +192,7 @@ class Condensation(Scoring):
             )
         title = f"Networks trained on {len(distilled)} images (test accuracy at the last epoch, {self.eval_networks} networks)"
         return Result(
-            artefacts={"set": DistilledExport(distilled, card)},
+            artefacts={"set": DistilledExport(distilled, card), **(artefacts or {})},
             metrics=metrics,
             tables=[Table(title, ["images", "network", "mean", "std", "number of images"], rows)],
             pictures={"distilled": grid(distilled), **more.pop("pictures", {})},

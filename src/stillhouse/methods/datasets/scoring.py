@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ class Training:
         epochs: passes over them.
         augment: differentiable augmentation of each batch.
         optimizer: how it is trained.
+        stage: makes the stage of a name and a network, where it is another one than that of ``tensors`` and ``augment``.
     """
 
     spec: ModelSpec
@@ -35,6 +36,7 @@ class Training:
     epochs: int
     augment: DSA
     optimizer: Optimizer
+    stage: Callable[[str, nn.Module], Stage] | None = None
 
 
 class Scoring(Method):
@@ -87,6 +89,8 @@ class Scoring(Method):
         def build(key: str, training: Training, stage: str) -> Stage:
             net = training.spec.build(facts)
             nets[key].append(net)
+            if training.stage is not None:
+                return training.stage(stage, net)
             split = Split("distilled", facts, training.tensors)
             # The processes share a batch.
             size = max(1, min(self.eval_batch_size, len(split)) // run.world.size)
