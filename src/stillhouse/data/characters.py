@@ -91,7 +91,7 @@ class Characters(Carving, ImageSpec):
             [content],
             class_names=list(self.characters),
             scale=self.scale_of(sources["train"]),
-            vocabulary_size=ByteTokenize.vocabulary_size,
+            tokenize=ByteTokenize(LENGTH),
         )
 
     def _sample(self, character: str, number: int) -> tuple[UInt8[np.ndarray[Any, Any], "size size"], str]:

@@ -79,9 +79,9 @@ class Condensation(Scoring):
             form=lambda: random_selection(split.labels, self.images_per_class),
             part=lambda _, share: some(share),
         )
-        return self.chosen(run, chosen, **more)
+        return self.chosen_images(run, chosen, **more)
 
-    def chosen(self, run: Run, index: Tensor, **more: Any) -> DistilledSet:
+    def chosen_images(self, run: Run, index: Tensor, **more: Any) -> DistilledSet:
         """The real images at ``index`` of the training split, grouped by class; ``more`` goes to :class:`DistilledSet`."""
         split, scale = run.data.split("train"), run.data.scale
         images = torch.cat([split.batch(part)["pixel_values"] for part in torch.split(index, 512)])

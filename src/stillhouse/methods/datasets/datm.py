@@ -116,7 +116,7 @@ class DATM(TrajectoryMatching):
                 lambda _: correct_images(split, trajectories, flat, self.images_per_class, device),
                 form=lambda: random_selection(split.labels, self.images_per_class),
             )
-            made = self.chosen(run, chosen, lr=self.step_size)
+            made = self.chosen_images(run, chosen, lr=self.step_size)
         else:
             made = yield from super().started(run, trajectories, flat)
         if not self.soft_labels:
