@@ -35,6 +35,7 @@ from stillhouse.engine import (
     measuring,
     sgd,
 )
+from stillhouse.engine.seeding import forked_generators
 from stillhouse.errors import UserError, nearest
 from stillhouse.losses.divergences import Divergence
 from stillhouse.methods.supervised import (
@@ -54,7 +55,7 @@ from stillhouse.methods.teacher_outputs import PartlyStored, TeacherCache, store
 from stillhouse.methods.temperature import Temperature, softened
 from stillhouse.methods.wiring import Pair, Wiring
 from stillhouse.metrics import agreement, latency, mean_total_variation, token_agreement
-from stillhouse.models import IGNORED, ModelSpec, count_parameters, fingerprint, logits
+from stillhouse.models import IGNORED, MisfitError, ModelSpec, count_parameters, fingerprint, logits
 from stillhouse.modules.mixing import Mixup
 from stillhouse.registry import method_class
 from stillhouse.spec import first_problem
@@ -309,6 +310,7 @@ class KnowledgeDistillation(TrainingFields):
         teachers = yield from self.teachers(run)
         begun = yield from self.started(run)
         student = begun.build(run.data.facts)
+        fit({**teachers, "student": student}, run)
         before = {name: fingerprint(teacher) for name, teacher in teachers.items()}
         asked, notes = yield from self.asked(run, teachers)
         stage, wiring = yield from self.student_stage(run, "student", student, asked)
@@ -543,6 +545,30 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
         "CPU latency (ms, one sample)",
     ]
     return {"metrics": metrics, "columns": columns, "rows": rows, "notes": notes}
+
+
+def fit(models: dict[str, nn.Module], run: Run) -> None:
+    """Ask every model about one sample, before anything is trained with it.
+
+    Raises:
+        UserError: one cannot read the data, or the student does not answer in its classes; it says which.
+    """
+    example = run.data.split("train").batch([0], device=run.world.device)
+    for name, model in models.items():
+        if any(weight.is_meta for weight in model.parameters()):
+            continue
+        with measuring(model.to(run.world.device)), forked_generators(0, run.world.device):
+            try:
+                said = logits(model, example)
+            except MisfitError as error:
+                raise UserError(f"{name}: {error}") from error
+        classes = run.data.facts.num_classes
+        if name == "student" and classes is not None and (said.dim() != 2 or said.shape[-1] < classes):
+            outputs = "x".join(str(n) for n in said.shape[1:]) or "1"
+            raise UserError(
+                f"student: {type(model).__name__} gives {outputs} outputs, and the data has {classes} classes; a classifier "
+                "gives one number for each class."
+            )
 
 
 def _same_outputs(teacher: nn.Module, student: nn.Module, run: Run) -> bool:

@@ -220,7 +220,13 @@ def hard_loss(model: nn.Module, model_logits: Tensor, batch: Batch, run: Run) ->
     Of sequences it is the mean over the labelled positions of all processes.
     """
     if run.data.facts.task == "regression":
-        return F.mse_loss(model_logits.squeeze(-1), batch.labels.to(model_logits.dtype))
+        given = model_logits.squeeze(-1)
+        if given.shape != batch.labels.shape:
+            raise UserError(
+                f"{type(model).__name__} gives {tuple(model_logits.shape[1:])} numbers a sample, and the data has "
+                f"{tuple(batch.labels.shape[1:]) or 1} to predict; a regressor gives one number for each."
+            )
+        return F.mse_loss(given, batch.labels.to(model_logits.dtype))
     labels = placed(model, batch, run)
     if model_logits.dim() <= 2:
         return losses.cross_entropy(model_logits, labels)

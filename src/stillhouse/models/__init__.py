@@ -8,6 +8,7 @@ from stillhouse.models.convnet import CNN, CNNSpec, ConvNet, ConvNetSpec
 from stillhouse.models.denoiser import DiffusersSpec, PointDenoiser, PointDenoiserSpec, UNetSpec, bottleneck
 from stillhouse.models.graph import GNNSpec, GraphNetwork
 from stillhouse.models.hub import HubSpec
+from stillhouse.models.misfit import MisfitError
 from stillhouse.models.mlp import MLP, MLPSpec
 from stillhouse.models.positions import IGNORED, targets
 from stillhouse.models.predictor import Predictor, PredictorSpec
@@ -42,6 +43,7 @@ __all__ = [
     "ImageNetResNetSpec",
     "ImportSpec",
     "MLPSpec",
+    "MisfitError",
     "ModelSpec",
     "ObjectSpec",
     "PointDenoiser",

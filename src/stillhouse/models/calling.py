@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stillhouse.errors import UserError
+from stillhouse.models.misfit import misfit
 
 # Keys of a batch that describe samples and are not model inputs, for batches without an `inputs` of their own.
 _NOT_INPUTS = frozenset({"labels", "index", "weight", "sources", "view"})
@@ -31,11 +32,17 @@ def forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
     Raises:
         UserError: ``forward`` requires an argument that the batch does not have, or an encoder-decoder has nothing for its
             decoder to read.
+        MisfitError: it does not take inputs of that form.
     """
     inputs, plan = _planned(module, batch)
-    if plan is _FIRST_POSITIONALLY:
-        return module(next(iter(inputs.values())))
-    return module(**arguments(module, batch))
+    given = {} if plan is _FIRST_POSITIONALLY else arguments(module, batch)
+    try:
+        return module(next(iter(inputs.values()))) if plan is _FIRST_POSITIONALLY else module(**given)
+    except (RuntimeError, ValueError, IndexError) as error:
+        refused = misfit(module, given or dict([next(iter(inputs.items()))]), error)
+        if refused is None:
+            raise
+        raise refused from error
 
 
 def arguments(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from stillhouse.methods.supervised import Supervised, TrainingFields, held_out, 
 from stillhouse.methods.teacher import PRETRAINED, TeacherSpec
 from stillhouse.methods.wiring import Pair, Reader, Wiring
 from stillhouse.metrics import agreement
-from stillhouse.models import BatchStatistics, batch_norms, fingerprint, logits
+from stillhouse.models import BatchStatistics, MisfitError, batch_norms, fingerprint, logits
 from stillhouse.models.layers import classifier
 from stillhouse.modules.duplicates import Gallery, matching_keypoints, pixel_embedding
 from stillhouse.modules.mining import TopPerClass, confidence
@@ -771,7 +771,7 @@ def _takes(module: nn.Module, batch: Batch, size: int) -> None:
     with measuring(module):
         try:
             logits(module, batch)
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except (MisfitError, RuntimeError, ValueError, AssertionError) as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             raise UserError(
                 f"fix.image_size: {type(module).__name__} does not take images of {size} x {size} ({reason}); choose a network "
