@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import tempfile
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,12 @@ from ruamel.yaml import YAML
 
 from stillhouse.data import ObjectData
 from stillhouse.engine import Listener, Result, Run, RunDirectory, World
+from stillhouse.engine.health import UNDER_TRAINED
 from stillhouse.engine.rundir import refuse_foreign
 from stillhouse.errors import UserError, nearest
 from stillhouse.recipe import Recipe, build_recipe, load_recipe
 from stillhouse.registry import method_class
+from stillhouse.spec import IMPORT_PATH
 
 
 def distil(
@@ -57,29 +63,58 @@ def distil(
         if name not in cls.model_fields:
             raise UserError(f"{method}: {name}: there is no such field; {nearest(name, cls.model_fields)}")
     values: dict[str, Any] = {"method": method, "seed": seed, "run": settings or {}, **fields}
-    if (given := given_data(data, validation, test)) is not None:
+    if (given := given_data(data, validation, test, models=fields)) is not None:
         values["data"] = given
     recipe = build_recipe(values, where=method)
     if out is not None:
-        return run_recipe(recipe, Path(out), cache=cache, listener=listener)
+        return _warned(run_recipe(recipe, Path(out), cache=cache, listener=listener))
     with tempfile.TemporaryDirectory(prefix="stillhouse-") as directory:
         result = run_recipe(recipe, Path(directory), cache=cache, listener=listener)
         result.directory = None
-        return result
+        return _warned(result)
 
 
-def given_data(data: Any, validation: Any = None, test: Any = None) -> Any:
+def _warned(result: Result) -> Result:
+    """The result; what makes its numbers worthless is also a warning of Python's."""
+    for note in result.notes:
+        if note.startswith(UNDER_TRAINED):
+            warnings.warn(note, stacklevel=3)
+    return result
+
+
+def given_data(data: Any, validation: Any = None, test: Any = None, *, models: Mapping[str, Any] | None = None) -> Any:
     """What a recipe's ``data`` is when it is given as objects, as :func:`distil` takes them; None when nothing is given.
 
+    Args:
+        data: training data, with or without other splits.
+        validation: validation data.
+        test: test data.
+        models: fields that may hold models. Where one is the caller's own, data belongs to it.
+
     Raises:
-        UserError: validation or test data without training data.
+        UserError: validation or test data without training data, or a model of the caller's own without any.
     """
+    own = next((name for name, value in (models or {}).items() if _callers(value)), None)
+    if data is None and own is not None:
+        raise UserError(
+            f"{own} is a model of yours and there is no data for it; pass data=, such as a pair of tensors, a data set, or a "
+            "name ('digits')."
+        )
     if validation is not None or test is not None:
         if data is None:
             raise UserError("validation and test data were given without training data; pass it as data=.")
         data = {"train": data} | {k: v for k, v in (("validation", validation), ("test", test)) if v is not None}
     # A mapping of tensors or splits is an object, unlike a mapping that writes a spec.
     return ObjectData.from_object(data) if isinstance(data, dict) and "kind" not in data else data
+
+
+def _callers(value: Any) -> bool:
+    """Whether a field's value is a model that comes with its weights or its code: a module, an estimator, a name of one."""
+    if isinstance(value, list | tuple):
+        return any(map(_callers, value))
+    if isinstance(value, str):
+        return value.startswith(("hf:", "file:")) or re.match(IMPORT_PATH, value) is not None
+    return isinstance(value, torch.nn.Module) or hasattr(value, "predict_proba")
 
 
 def run_recipe(
@@ -169,8 +204,26 @@ def _same_recipe(recipe: Recipe, path: Path) -> None:
     if not path.exists():
         return
     before, now = YAML(typ="safe", pure=True).load(path.read_text()), recipe.dump()
-    for key in sorted(before.keys() | now.keys()):
-        if key != "run" and json.dumps(before.get(key)) != json.dumps(now.get(key)):
-            raise UserError(
-                f"{path.parent} holds a run whose {key!r} is {before.get(key)!r}, not {now.get(key)!r}; choose another directory."
-            )
+    if before.get("method") != now["method"]:
+        raise UserError(
+            f"{path.parent} holds a run of {before.get('method')!r}, not of {now['method']!r}; choose another directory."
+        )
+    with contextlib.suppress(UserError):  # Such as that it names an object, which only the recipe at hand has.
+        # Fields that are younger than the file have their defaults in it.
+        before = load_recipe(path).dump()
+    differs = _difference({**before, "run": None}, {**now, "run": None})
+    if differs is not None:
+        key, was, is_ = differs
+        raise UserError(f"{path.parent} holds a run whose {key!r} is {was}, not {is_}; choose another directory.")
+
+
+def _difference(before: Any, now: Any, path: str = "") -> tuple[str, str, str] | None:
+    """Where two plain values first differ, as a key path, and what stands there; None where they are equal."""
+    if isinstance(before, dict) and isinstance(now, dict) and before.get("kind") == now.get("kind"):
+        keys = sorted(before.keys() | now.keys())
+        inner = (_difference(before.get(key), now.get(key), f"{path}.{key}".lstrip(".")) for key in keys)
+        return next((found for found in inner if found is not None), None)
+    if json.dumps(before) == json.dumps(now):
+        return None
+    was, is_ = ("not set" if value is None else repr(value) for value in (before, now))
+    return path, was, is_

@@ -258,8 +258,8 @@ def test_an_arm_that_fails_stops_no_other_and_is_tried_again(home, monkeypatch):
             "not every arm measures 'test/acuracy'; did you mean 'test/accuracy'",
         ),
         (("kd", "sinkd"), {"metric": "test/accuracy:biggest"}, "'biggest' says not whether"),
-        (("kd",), {"student": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(7, 10))}, "kd"),
-        (("kd",), {"teacher": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 7))}, "kd"),
+        (("kd",), {"data": "digits", "student": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(7, 10))}, "kd"),
+        (("kd",), {"data": "digits", "teacher": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 7))}, "kd"),
     ],
 )
 def test_what_is_wrong_with_an_arm_is_said_before_anything_is_run(methods, arguments, sentence, home):

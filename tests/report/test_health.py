@@ -8,7 +8,7 @@ import pytest
 from stillhouse.report.health import checks, falling_share
 from stillhouse.report.reading import read_run
 
-FINITE, DEAD, FALLING, BEST, ALONE, TEACHER = range(6)
+FINITE, DEAD, FALLING, BEST, ALONE, TEACHER, LEARNED = range(7)
 
 
 def judged(writer, which):
@@ -229,7 +229,7 @@ def test_numbers_that_are_not_finite_are_named(writer):
 
 
 def test_nothing_is_judged_in_an_empty_run(writer):
-    assert [check.state for check in checks(read_run(writer.path))] == ["open"] * 6
+    assert [check.state for check in checks(read_run(writer.path))] == ["open"] * 7
     assert all(check.found[0].startswith("Not judged: ") for check in checks(read_run(writer.path)))
 
 
@@ -237,4 +237,4 @@ def test_a_run_without_trouble_is_good_all_over(writer):
     rows = curve(decay(8.0), **{"loss/kd": 0.5}) + measured([0.5, 0.7, 0.8, 0.9, 0.9])
     numbers = {"test/student/accuracy": 0.9, "test/student-alone/accuracy": 0.8, "test/teacher/accuracy": 0.95}
     writer.stage(steps=500).rows(rows).json("metrics.json", numbers)
-    assert [check.state for check in checks(read_run(writer.path))] == ["good"] * 6
+    assert [check.state for check in checks(read_run(writer.path))] == ["good"] * 7

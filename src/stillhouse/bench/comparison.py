@@ -287,7 +287,9 @@ def compare(
         UserError: something in the arguments, the recipes or the data is wrong, or ``out`` holds another comparison.
         Interrupted: ``signals`` asked to stop; the same call continues.
     """
-    if (given := given_data(data, validation, test)) is not None:
+    # A recipe file brings data of its own.
+    named = not any(str(method).endswith((".yaml", ".yml")) for method in methods)
+    if (given := given_data(data, validation, test, models=fields if named else None)) is not None:
         fields["data"] = given
     arms = arrange(methods, overrides, fields=fields, settings=settings, own=own)
     return compare_arms(

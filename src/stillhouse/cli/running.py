@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -61,14 +62,18 @@ def _go(recipe: Recipe, directory: Path, world: World, *, cache: bool) -> None:
     where = f"{escape(str(directory))} (seed {recipe.seed}, {world.device})"
     console.print(f"[bold]{recipe.method.name}[/bold] in {where}", highlight=False)
     about = about_run(recipe, cache)
+    again = f"stillhouse resume {directory}"
+    if world.size > 1:
+        here = os.environ.get("LOCAL_WORLD_SIZE", world.size)
+        again = f"torchrun --nproc_per_node {here} -m {again}"
     try:
         with ProgressBar(console) as bar:
             result = run_recipe(recipe, directory, cache=cache, listener=bar, world=world, signals=signals, about=about)
     except Interrupted as stopped:
-        console.print(f"{stopped} Continue with:\n  stillhouse resume {directory}", highlight=False, markup=False)
+        console.print(f"{stopped} Continue with:\n  {again}", highlight=False, markup=False)
         raise SystemExit(Interrupted.exit_code) from None
     except KeyboardInterrupt:
-        console.print(f"stopped; continue with:\n  stillhouse resume {directory}", highlight=False, markup=False)
+        console.print(f"stopped; continue with:\n  {again}", highlight=False, markup=False)
         raise SystemExit(Interrupted.exit_code) from None
     if world.is_main:
         conclude(result, directory, console)

@@ -82,7 +82,7 @@ class Batches:
         if not steps:
             raise UserError(
                 f"The split {self.split.name!r} holds {self.count} samples, fewer than a global batch of {size};"
-                " choose a smaller batch_size or drop_last=False."
+                " choose a smaller batch_size (of a teacher that is trained first: teacher.batch_size)."
             )
         return steps
 

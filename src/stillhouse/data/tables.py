@@ -99,8 +99,13 @@ class TableSpec(TextFields, Carving):
         return found
 
     def _checked(self, path: Path, table: Columns) -> Columns:
-        wanted = [self.label_column, self.text_column, *(self.columns or ())]
-        for name in wanted:
+        if self.label_column is not None and self.label_column not in table:
+            some = ", ".join(map(repr, list(table)[:8])) + (", ..." if len(table) > 8 else "")
+            raise UserError(
+                f"{path} has no column {self.label_column!r}, which should hold the label; its columns are {some}: name the "
+                f"label's as label_column (data={{kind: {self.kind}, path: {self.path}, label_column: NAME}}), or null for none."
+            )
+        for name in (self.text_column, *(self.columns or ())):
             if name is not None and name not in table:
                 raise UserError(f"{path} has no column {name!r}; {nearest(name, table)}.".replace("?.", "?"))
         if not table or not len(next(iter(table.values()))):

@@ -114,7 +114,7 @@ class Fit:
         if checkpoint is not None:
             self._load(checkpoint)
         run.directory.rewind(checkpoint["offset"] if checkpoint else run.offset)
-        run.listener.stage(stage.name, stage.steps, self.step)
+        run.listener.stage(f"{run.within}{stage.name}", stage.steps, self.step)
         log_every, every_steps = settings.log_every, settings.checkpoint_every
         saved_at = time.monotonic()
         evaluate_every, show_every = stage.evaluate.every if stage.evaluate else 0, stage.shown_every
@@ -260,7 +260,7 @@ class Fit:
         """Tell whoever listens, and the log, from which the report takes it."""
         for sentence in sentences:
             self.run.directory.log({"stage": self.stage.name, "step": step, "warning": sentence})
-            self.run.listener.say(f"stage {self.stage.name}, step {step:,}: {sentence}")
+            self.run.listener.say(f"stage {self.run.within}{self.stage.name}, step {step:,}: {sentence}")
 
     @contextmanager
     def _looking(self, *place: int | str) -> Iterator[None]:

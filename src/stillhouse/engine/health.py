@@ -23,6 +23,10 @@ MEASUREMENTS = 3
 """... in so many measurements in a row."""
 
 
+UNDER_TRAINED = "the student is under-trained"
+"""Begins the note about a student that learned next to nothing, by which nothing can be said of the distillation."""
+
+
 @dataclass(frozen=True)
 class Line:
     """A reference for a stage's monitored number; the stage says once in words when it lies on the wrong side of it.
@@ -124,6 +128,32 @@ def judge_lines(
         for name, line in lines.items()
         if streaks.seen(f"line {name}", line.crossed(value, step, mode), MEASUREMENTS)
     ]
+
+
+def learned_little(
+    accuracy: float, most_frequent: float, samples: int, *, teacher: float | None = None, hurried: bool = False
+) -> bool:
+    """Whether a classifier learned so little that its training is to blame, whatever its loss was.
+
+    Args:
+        accuracy: its accuracy.
+        most_frequent: the accuracy of always naming the most frequent class.
+        samples: how many were measured.
+        teacher: the accuracy of its teacher, if it has one.
+        hurried: whether nobody chose its learning rate and length, and the defaults are for a network that is trained already.
+            It then also learned little if it is not half as far from naming the most frequent class as its teacher.
+
+    >>> learned_little(0.52, 0.50, 400), learned_little(0.60, 0.50, 400)
+    (True, False)
+    >>> learned_little(0.60, 0.50, 400, teacher=0.95, hurried=True)
+    True
+    """
+    noise = 2 * math.sqrt(most_frequent * (1 - most_frequent) / max(1, samples))
+    gained = accuracy - most_frequent
+    if gained <= max(0.02, noise):
+        # Where hardly more can be had, as with one class in nearly all samples, little is no sign.
+        return teacher is None or teacher - most_frequent > 2 * max(0.02, noise)
+    return hurried and teacher is not None and gained < 0.5 * (teacher - most_frequent)
 
 
 def percent(share: float) -> str:

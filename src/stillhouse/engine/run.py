@@ -131,8 +131,9 @@ class Run:
         listener: Listener | None = None,
         signals: Signals | None = None,
         memory: PeakMemory | None = None,
+        within: str = "",
     ) -> None:
-        self.method, self.directory, self.seed = method, directory, seed
+        self.method, self.directory, self.seed, self.within = method, directory, seed, within
         self.settings = settings or Settings()
         self.world = world or World.start(self.settings.device)
         self.cache = cache
@@ -425,7 +426,7 @@ class Run:
                     files = home / "files"
                     shutil.rmtree(files, ignore_errors=True)
                     files.mkdir()
-                    self.listener.stage(item.name, 1, 0)
+                    self.listener.stage(f"{self.within}{item.name}", 1, 0)
                     write_tree(home / "value", {"value": item.fn(files)}, base=home)
         self.world.barrier()
         # Also the run that computed it reads it back, so that a resumed run cannot see another value.
@@ -465,6 +466,7 @@ class Run:
                 listener=self.listener,
                 signals=self.signals,
                 memory=self.memory,
+                within=f"{self.within}{item.name} / ",
             )
             nested._outer = self
             return nested.execute()

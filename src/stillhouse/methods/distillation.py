@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from stillhouse.data import Batch, Split
+from stillhouse.data.dataset import hard
 from stillhouse.engine import (
     Compute,
     Held,
@@ -35,6 +36,7 @@ from stillhouse.engine import (
     measuring,
     sgd,
 )
+from stillhouse.engine.health import UNDER_TRAINED, learned_little
 from stillhouse.engine.seeding import forked_generators
 from stillhouse.errors import UserError, nearest
 from stillhouse.losses.divergences import Divergence
@@ -337,6 +339,9 @@ class KnowledgeDistillation(TrainingFields):
             if name not in judged
         ]
         told += [note for objective in self.objectives for note in objective.notes(run)]
+        for note in measured["notes"]:
+            if note.startswith(UNDER_TRAINED):
+                run.listener.say(note)
         result = Result(
             artefacts={"student": student},
             metrics={**trained.kept, **measured["metrics"], **probes["metrics"]},
@@ -529,13 +534,16 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
         rows.append([name, *shown, count_parameters(model), round(1e3 * seconds, 4)])
     metrics[f"{measured}/{main}"] = metrics[f"{measured}/student/{main}"]
     notes = []
-    if (
+    weak = _under_trained(metrics, teachers, split, run, measured) if main == "accuracy" and not language else None
+    if weak is not None:
+        notes.append(weak)
+    elif (
         teachers
         and main == "accuracy"
         and metrics[f"{measured}/{teachers[0]}/accuracy"] < metrics[f"{measured}/student/{main}"]
     ):
         notes.append("the teacher is worse than the student on this data: try a better teacher.")
-    if "student-alone" in models and main == "accuracy":
+    if "student-alone" in models and main == "accuracy" and weak is None:
         gain = metrics[f"{measured}/student/accuracy"] - metrics[f"{measured}/student-alone/accuracy"]
         notes.append(f"distillation changed the student's {measured} accuracy by {100 * gain:+.2f} points.")
     columns = [
@@ -545,6 +553,33 @@ def compare(models: dict[str, nn.Module], teachers: list[str], run: Run) -> dict
         "CPU latency (ms, one sample)",
     ]
     return {"metrics": metrics, "columns": columns, "rows": rows, "notes": notes}
+
+
+def _under_trained(metrics: dict[str, float], teachers: list[str], split: Split, run: Run, measured: str) -> str | None:
+    """What is to be said of a student that learned next to nothing; None of one that did."""
+    method = run.method
+    assert isinstance(method, TrainingFields)
+    labels = hard(split.labels)
+    most_frequent = float(labels.bincount().max()) / len(labels)
+    accuracy = metrics[f"{measured}/student/accuracy"]
+    own = ("optimizer", "epochs")
+    chosen = [name for name in own if getattr(method, name) != type(method).model_fields[name].default]
+    papers = [
+        name for name in own if TrainingFields.model_fields[name].default != type(method).model_fields[name].default
+    ]
+    best = max((metrics[f"{measured}/{name}/accuracy"] for name in teachers), default=None)
+    hurried = bool(papers) and not chosen
+    if not learned_little(accuracy, most_frequent, len(labels), teacher=best, hurried=hurried):
+        return None
+    pace = f"{method.epochs:g} epochs of {method.optimizer.name} at a rate of {method.optimizer.lr:g}"
+    if hurried:
+        pace += f", {method.name}'s defaults, are its paper's for networks of another scale; set optimizer and epochs"
+    else:
+        pace += " did not do; train longer, or at another rate"
+    return (
+        f"{UNDER_TRAINED}: its {measured} accuracy is {accuracy:.3f}, where always naming the most frequent class gives "
+        f"{most_frequent:.3f}, so nothing can be said of the distillation yet ({pace})."
+    )
 
 
 def fit(models: dict[str, nn.Module], run: Run) -> None:

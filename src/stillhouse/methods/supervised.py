@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stillhouse import losses
 from stillhouse.data import Augment, Batch, Split
+from stillhouse.data.dataset import hard
 from stillhouse.engine import (
     Compute,
     Evaluation,
@@ -90,6 +91,7 @@ class TrainingFields(Method):
         each batch is drawn from all samples.
         """
         train = run.data.split("train") if split is None else split
+        check_classes(train, run)
         batches = train.batches(self.batch_size, augment=self.augment, views=views, anew=anew)
         steps = max(1, round(self.epochs * batches.per_epoch(run.world.size) / self.accumulate))
         if self.stage_rates is not None:
@@ -160,6 +162,21 @@ class Supervised(TrainingFields):
                     [[self.model.kind, count_parameters(model), *test.values()]],
                 )
             ],
+        )
+
+
+def check_classes(train: Split, run: Run) -> None:
+    """Refuse to train a classifier where there is nothing to tell apart.
+
+    Raises:
+        UserError: all training samples are of one class.
+    """
+    classes = run.data.facts.num_classes
+    labels = train.source.labels if run.data.facts.task == "classification" else None
+    if classes == 1 or (labels is not None and len(torch.unique(hard(labels))) == 1):
+        raise UserError(
+            f"All {len(train):,} training samples of {run.data.name!r} are of one class, so there is nothing to learn; a "
+            "classifier needs samples of two classes or more."
         )
 
 

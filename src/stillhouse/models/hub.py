@@ -72,6 +72,9 @@ class HubSpec(ModelSpec):
         return self
 
     def build(self, facts: Facts) -> nn.Module:
+        local = (self.name or "").startswith(("./", "../", "/", "~"))
+        if local and not Path(str(self.name)).expanduser().is_dir():
+            raise UserError(f"The model {self._shown()} is not here: there is no directory {self.name}.")
         library = transformers()
         loading = {key: value for key, value in self.overrides.items() if key in _LOADING}
         loading["trust_remote_code"] = self.trust_remote_code

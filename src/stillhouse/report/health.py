@@ -10,7 +10,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any, Literal
 
-from stillhouse.engine.health import SAMPLES, Streaks, judge_terms
+from stillhouse.engine.health import SAMPLES, UNDER_TRAINED, Streaks, judge_terms
 from stillhouse.report.formatting import number
 from stillhouse.report.reading import RunFiles, Series, StageLog, UpdateLog, direction
 
@@ -49,6 +49,8 @@ class Check:
 def checks(run: RunFiles) -> list[Check]:
     """Every check, judged on this run."""
     metrics = run.metrics or {}
+    weak, falling = _under_trained(run), _falling(run.stages)
+    blind = "the student is under-trained"
     return [
         _judge(
             _finite(run),
@@ -63,10 +65,10 @@ def checks(run: RunFiles) -> list[Check]:
             reason="no update has several terms",
         ),
         _judge(
-            _falling(run.stages),
+            None if weak and not falling else falling,
             good="Training reached a plateau",
             bad="The loss was still falling at the end",
-            reason="no stage that ended was logged ten times",
+            reason=blind if weak else "no stage that ended was logged ten times",
         ),
         _judge(
             _best_long_ago(run.stages, run.recipe.get("keep")),
@@ -75,16 +77,22 @@ def checks(run: RunFiles) -> list[Check]:
             reason="no stage that ended was measured four times, better told from worse",
         ),
         _judge(
-            _alone(metrics),
+            None if weak else _alone(metrics),
             good="Distillation is not worse than training alone",
             bad="Distillation is worse than training alone",
-            reason="no model was also trained alone",
+            reason=blind if weak else "no model was also trained alone",
         ),
         _judge(
             _teacher(metrics),
             good="The teacher is not worse than the student",
             bad="The teacher is worse than the student",
             reason="no teacher was measured beside a student",
+        ),
+        _judge(
+            weak,
+            good="The student learned",
+            bad="The student is under-trained",
+            reason="no student's accuracy was measured",
         ),
     ]
 
@@ -93,6 +101,13 @@ def _judge(found: Sequence[str] | None, *, good: str, bad: str, reason: str) -> 
     if found is None:
         return Check(good, "open", (f"Not judged: {reason}.",))
     return Check(bad, "warn", tuple(found)) if found else Check(good, "good")
+
+
+def _under_trained(run: RunFiles) -> list[str] | None:
+    """What the run itself said of a student that learned next to nothing."""
+    if "accuracy" not in standings(run.metrics or {}).get("student", {}):
+        return None
+    return [f"{note[0].upper()}{note[1:]}" for note in run.notes if note.startswith(UNDER_TRAINED)]
 
 
 def _finite(run: RunFiles) -> list[str] | None:
