@@ -12,7 +12,7 @@ from stillhouse.data.graph_sets import load_graph_set
 from stillhouse.data.graphs import PADDING
 from stillhouse.errors import UserError
 from stillhouse.front import run_recipe
-from stillhouse.methods.datasets.mirage import Mirage, forests, whole_set
+from stillhouse.methods.datasets.mirage import Mirage, _drawn, forests, whole_set
 from stillhouse.models import GraphNetwork
 from stillhouse.recipe import build_recipe, load_recipe
 from stillhouse.spec import read
@@ -216,6 +216,19 @@ def test_what_cannot_be_is_said_in_a_sentence(tmp_path, fields, message):
     with pytest.raises(UserError, match=message) as error:
         ran(tmp_path, **fields)
     assert "\n" not in str(error.value)
+
+
+def test_random_graphs_fill_the_room_in_their_own_numbers():
+    """Graphs of 300 nodes make the numbers of all wide; those of a few small ones are narrow again."""
+    path = np.array([range(299), range(1, 300)])
+    graphs = [*[Graph([0] * 300, path)] * 20, *[Graph([0, 1, 0], np.array([[0, 1], [1, 2]]))] * 200]
+    split = load_data({"train": {**padded(graphs), "labels": torch.arange(220) % 2}}).split("train")
+    whole = whole_set(split)
+    small = ((whole.node_labels != PADDING).sum(1) == 3).nonzero().flatten()
+    assert 50 < len(small) < len(whole)
+    chosen = _drawn(whole, small, 500.0)
+    assert whole.select(chosen).bytes >= 500 > whole.select(chosen[:-1]).bytes
+    assert len(set(chosen.tolist())) == len(chosen)
 
 
 def test_the_search_that_ends_empty_says_what_to_do(tmp_path):

@@ -64,6 +64,10 @@ claim = Claim(
     remark=(
         "ConvNets of 16 and 32 channels with batch norm, a target model of 32 standardised components trained by Barlow Twins "
         "(one model for all seeds), 1500 outer steps, a pool of 5 of up to 200 steps, 3 fresh networks of 400 full-batch steps "
-        "a score. The probe with all labels is reported and no gate: on digits any pre-training nears the target's own."
+        "a score. The probe with all labels is reported and no gate: on digits any pre-training nears the target's own. The set "
+        "halves nothing: its error is 24 % below that of random images (asked 30) and equals that of images next to the centres "
+        "of k-means with the target's own features, a baseline that the paper does not have. Learned targets (11 to 17 % below "
+        "fixed ones) and the pool (0 to 8 % below a single network) do what they should; why the error stops at 0.24 where a run "
+        "with another target model came to 0.18 was not established."
     ),
 )

@@ -223,12 +223,7 @@ class Mirage(Method):
             sets[name] = self.single_trees(mining, room, shares, edge_labels=labelled, random=name == "random-trees")
         if "random-graphs" in wanted:
             sets["random-graphs"] = whole.select(
-                torch.cat(
-                    [
-                        _drawn(members, whole.bytes_each, size)
-                        for members, size in zip(classes.values(), room, strict=True)
-                    ]
-                )
+                torch.cat([_drawn(whole, members, size) for members, size in zip(classes.values(), room, strict=True)])
             )
         return {
             "sets": {name: _stored(found) for name, found in sets.items()},
@@ -584,10 +579,12 @@ def forests(
     )
 
 
-def _drawn(members: Tensor, sizes: Tensor, room: float) -> Tensor:
-    """Random members in at least ``room`` bytes."""
+def _drawn(whole: GraphSet, members: Tensor, room: float) -> Tensor:
+    """Random members that take at least ``room`` bytes as a set of their own, whose numbers may be narrower than all graphs'."""
     order = members[torch.randperm(len(members))]
-    enough = int((sizes[order].cumsum(0) < room).sum()) + 1
+    enough = int((whole.bytes_each[order].cumsum(0) < room).sum()) + 1
+    while enough < len(order) and whole.select(order[:enough]).bytes < room:
+        enough += 1
     return order[:enough].sort().values
 
 
