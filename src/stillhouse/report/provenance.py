@@ -49,6 +49,15 @@ DATA_SETS = {
     ),
     "sprites": Origin("drawn by stillhouse", "no outside material: it is drawn from a formula"),
     "scenes": Origin("drawn by stillhouse", "no outside material: it is drawn from a formula"),
+    "characters": Origin(
+        "drawn by stillhouse in fonts that come with matplotlib",
+        "no outside material but pictures of DejaVu, STIX and Computer Modern, which are free fonts",
+    ),
+    "graph-motifs": Origin("drawn by stillhouse", "no outside material: it is drawn from a formula"),
+    "tudataset": Origin(
+        "TUDataset (arXiv 2007.08663), from the authors of each set",
+        "not known: the collection names none for its sets, only whom to cite",
+    ),
     "ring": Origin("drawn by stillhouse", "no outside material: it is drawn from a formula"),
 }
 """The data sets that stillhouse knows by name."""
