@@ -25,6 +25,7 @@ from stillhouse.engine import (
     Run,
     Stage,
     Stages,
+    Trained,
     Update,
     measuring,
     scratch,
@@ -106,9 +107,9 @@ class TrajectoryMatching(Condensation):
         if self.compare_start:
             scores["start"] = yield from self.scored(run, distilled, "start")
         before = grid(distilled)
-        yield self.matching_stage(distilled, trajectories, flat)
+        trained = yield self.matching_stage(distilled, trajectories, flat)
         check_step_size(distilled)
-        result: Result = yield from self.finished(run, distilled, trajectories, flat, scores, before)
+        result: Result = yield from self.finished(run, distilled, trained, trajectories, flat, scores, before)
         return result
 
     def matching_stage(self, distilled: DistilledSet, trajectories: Trajectories, flat: FlatNetwork) -> Stage:
@@ -136,6 +137,7 @@ class TrajectoryMatching(Condensation):
         self,
         run: Run,
         distilled: DistilledSet,
+        trained: Trained,
         trajectories: Trajectories,
         flat: FlatNetwork,
         scores: dict[str, dict[str, list[float]]],
