@@ -146,13 +146,21 @@ def represented(model: nn.Module, split: Split, run: Run) -> Tensor:
         return torch.cat([embedding(model, images_only(batch)).float().cpu() for batch in batches])
 
 
+def labelled(model: nn.Module, split: Split, run: Run) -> tuple[Tensor, Tensor]:
+    """Representations and classes of a split in order, on the CPU."""
+    features, labels = [], []
+    with measuring(model):
+        for batch in split.in_order(512, device=run.world.device):
+            features.append(embedding(model, images_only(batch)).float().cpu())
+            labels.append(hard(batch.labels).cpu())
+    return torch.cat(features), torch.cat(labels)
+
+
 def measured(model: nn.Module, run: Run) -> dict[str, float]:
     """Directions that the representation uses, and the accuracy of a linear readout where there are class labels."""
     train = at_most(run.data.split("train"), MEASURED)
-    known = represented(model, train, run)
-    numbers = {"representation/dimensions": effective_dimensions(known)}
-    if run.data.facts.task == "classification" and "test" in run.data.splits:
-        test = at_most(run.data.split("test"), MEASURED)
-        readout = linear_readout(known, hard(train.labels), represented(model, test, run), hard(test.labels))
-        numbers["test/readout"] = readout
-    return numbers
+    if run.data.facts.task != "classification" or "test" not in run.data.splits:
+        return {"representation/dimensions": effective_dimensions(represented(model, train, run))}
+    known, labels = labelled(model, train, run)
+    readout = linear_readout(known, labels, *labelled(model, at_most(run.data.split("test"), MEASURED), run))
+    return {"representation/dimensions": effective_dimensions(known), "test/readout": readout}

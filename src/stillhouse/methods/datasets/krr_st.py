@@ -649,15 +649,7 @@ class KRRST(Method):
         """Test accuracy of a linear layer trained on frozen features."""
         with Taps(net, head_of(net), side="input") as tap:
             known, asked = (features_of(net, tap, data.split(name), run) for name in ("train", "test"))
-        return linear_probe(
-            known,
-            hard(data.split("train").labels),
-            asked,
-            hard(data.split("test").labels),
-            steps=self.probe_steps,
-            batch_size=self.probe_batch_size,
-            lr=self.probe_lr,
-        )
+        return linear_probe(*known, *asked, steps=self.probe_steps, batch_size=self.probe_batch_size, lr=self.probe_lr)
 
     def taught(self, data: Data, spec: DataSpec, run: Run, place: str) -> Generator[SubRun, Any, nn.Module]:
         """The teacher of a transfer task, trained once and found again by every set that is scored."""
@@ -757,13 +749,15 @@ def read(net: nn.Module, tap: Taps, images: Tensor) -> Tensor:
     return tap.take()[tap.paths[0]].flatten(1)
 
 
-def features_of(net: nn.Module, tap: Taps, split: Split, run: Run) -> Tensor:
-    """Features of a whole split, on the CPU."""
+def features_of(net: nn.Module, tap: Taps, split: Split, run: Run) -> tuple[Tensor, Tensor]:
+    """Features and classes of a whole split, on the CPU."""
     net.to(run.world.device)
+    features, labels = [], []
     with measuring(net):
-        return torch.cat(
-            [read(net, tap, b["pixel_values"]).float().cpu() for b in split.in_order(512, device=run.world.device)]
-        )
+        for batch in split.in_order(512, device=run.world.device):
+            features.append(read(net, tap, batch["pixel_values"]).float().cpu())
+            labels.append(hard(batch.labels).cpu())
+    return torch.cat(features), torch.cat(labels)
 
 
 def with_new_head(spec: ModelSpec, net: nn.Module, facts: Facts) -> nn.Module:
