@@ -149,6 +149,7 @@ def test_defaults_are_the_papers():
     [
         ({"weight_logit": -0.1}, "a weight is 0 or more"),
         ({"temperature": 0}, "temperature"),
+        ({"batch_size": 1}, "dhkd: the nonlinear head's batch norm has no statistics of one sample"),
         ({"accumulate": 2}, "projects the gradients of its terms"),
         ({"student": network(10, torch.nn.ReLU())}, "does not end in a linear"),
         ({"teacher": network(7)}, "the teacher has 7 outputs and the student 10"),

@@ -124,6 +124,7 @@ def test_the_defaults_are_the_papers():
     [
         ({"weight_nd": -1}, "weight_nd.*a weight is 0 or more"),
         ({"cache_teacher": True}, "'nd-loss' reads the teacher's features"),
+        ({"batch_size": 1}, "nd-loss: the projector's batch norm has no statistics of one sample"),
         ({"data": (torch.randn(60, 4), torch.randn(60)), "teacher": "mlp:4", "student": "mlp:4"}, "reads class labels"),
     ],
 )

@@ -78,6 +78,11 @@ class DHKD(KnowledgeDistillation):
         if self.head == "main":
             return {}
         nonlinear = self.head == "nonlinear"
+        if nonlinear and run.method.batch_size == 1:  # type: ignore[attr-defined]
+            raise UserError(
+                "dhkd: the nonlinear head's batch norm has no statistics of one sample; use a batch_size of 2 or more, or "
+                "head=linear."
+            )
         return {
             "head": AuxiliaryHead(pair.student.embedding.shape[-1], outputs, nonlinear=nonlinear, hidden=self.hidden)
         }

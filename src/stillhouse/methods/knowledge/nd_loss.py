@@ -75,6 +75,10 @@ class NDLoss(KnowledgeDistillation):
             )
         classes = run.data.facts.num_classes
         assert classes is not None
+        if mine != theirs and run.method.batch_size == 1:  # type: ignore[attr-defined]
+            raise UserError(
+                "nd-loss: the projector's batch norm has no statistics of one sample; use a batch_size of 2 or more."
+            )
         projector = nn.Identity() if mine == theirs else EmbeddingProjector(mine, theirs, self.dropout)
         return {"projector": projector, "directions": Directions(classes, theirs)}
 
