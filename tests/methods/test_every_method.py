@@ -61,6 +61,7 @@ TINY = {
     "expert-trajectories": ["network.width=4", *EXPERTS, "sharpness_samples=20"],
     **dict.fromkeys(["mtt", "tesla"], MATCHED),
     "ftd": [*MATCHED, "chains=1"],
+    "smooth-trajectories": MATCHED,
     "datm": [*MATCHED, "correct_images=false", "first_max_start_epoch=1", "expansion_steps=2"],
     "denoiser": [*DRAWN, f"model={SMALL_UNET}", "eval_steps=[2, 1]"],
     "clip": ["epochs=2", "batch_size=32", "data.per_class=20", "model.width=6"],
