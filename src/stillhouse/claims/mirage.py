@@ -69,5 +69,14 @@ claim = Claim(
     ],
     metrics=["test/auc_best", "size/bytes", "size/share", "size/graphs", "mined/trees", "mined/coverage"],
     seeds=(0, 1, 2, 3, 4),
-    remark="",
+    remark=(
+        "Two-layer networks of width 32, sets of at most three trees, 2 to 5 % of the bytes, two networks a score of which the "
+        "better on validation counts, 300 steps. On drawn graphs and PROTEINS the margins hold, on PROTEINS within noise; where "
+        "few trees cover the nodes, one per cent of the bytes does as well as all graphs. On MUTAG (four forests against four "
+        "graphs of 25 nodes in 250 bytes) random graphs are 13 points of AUC better in the mean, and on NCI1 there is no "
+        "difference; single frequent trees do as well as sets of them there (0.64 against 0.62). Why was not established. A "
+        "first record had random graphs of PROTEINS in three fifths of the bytes, because a few graphs are stored in narrower "
+        "numbers than all of them; the random arms were run again with as many bytes, and the gain fell from 14.6 to 11.4 "
+        "points of AUC."
+    ),
 )
