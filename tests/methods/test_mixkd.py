@@ -199,7 +199,7 @@ def test_mixings_have_short_names():
         ({"mix": {"kind": "mixup", "alpha": 0}}, "mix.alpha"),
         ({"batch_size": 1}, "A batch of 1 sample has no two to mix"),
         ({"batch_size": 4}, "0.1 of a batch of 4 is not one sample"),
-        ({"temperature": 0}, "temperature: it is above 0, or std"),
+        ({"temperature": 0}, "temperature: expected more than 0, not 0"),
         ({"temperature": "sdt"}, "temperature"),
         ({"cache_teacher": True, "mix": FULL}, "'mix=mixup' mixes the samples of a batch"),
         ({"cache_teacher": True, "teacher_sees": "parts"}, "teacher_sees=parts asks the teacher of two samples"),

@@ -75,7 +75,7 @@ class DistilledExport:
         save_distilled_set(self.distilled, directory, self.card)
 
 
-def save_distilled_set(distilled: DistilledSet, directory: Path, card: Card) -> dict[str, Path]:
+def save_distilled_set(distilled: DistilledSet, directory: str | Path, card: Card) -> dict[str, Path]:
     """Write every format that fits the set: the tensors first, then picture, PNG folders, Hugging Face data set, card.
 
     Pictures need one or three channels, folders need classes; the Hugging Face data set is written where ``datasets`` is
@@ -92,7 +92,7 @@ def save_distilled_set(distilled: DistilledSet, directory: Path, card: Card) -> 
     Raises:
         UserError: an optional library is missing (the tensors are written before it is needed), or names do not fit.
     """
-    names = _class_names(distilled.num_classes, card.class_names)
+    names, directory = _class_names(distilled.num_classes, card.class_names), Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / TENSORS).exists():
         for stale in (FOLDERS, HUGGING_FACE):

@@ -48,8 +48,6 @@ class ObjectFields(HubFields):
             return self.from_datasets(value if isinstance(value, dict) else {"train": value})
         parts = {name: source_of(part, self.image_size) for name, part in by_split(value).items()}
         held = {name: settle(source, self.in_memory) for name, source in parts.items()}
-        for name, source in held.items():
-            check_finite(source, name)
         labels = {name: labels_of(source) for name, source in held.items()}
         for name, source in held.items():
             if isinstance(source, DatasetRows):
@@ -332,24 +330,6 @@ class DatasetRows(Rows):
                 generators.seed(seed)
                 seen.append([self.row(place) for place in places])
         return any(not torch.equal(one[name], other[name]) for one, other in zip(*seen, strict=True) for name in one)
-
-
-def check_finite(source: Source, split: str) -> None:
-    """Refuse samples in memory that hold NaN or an infinite number.
-
-    Raises:
-        UserError: naming the first.
-    """
-    for name, values in source.tensors.items() if isinstance(source, Memory) else ():
-        if values.is_floating_point() and not bool(values.isfinite().all()):
-            place = (~values.isfinite()).nonzero()[0].tolist()
-            where = (
-                f", column {place[1]}" if len(place) == 2 else f", place {tuple(place[1:])}" if len(place) > 2 else ""
-            )
-            raise UserError(
-                f"The {split} data holds {float(values[tuple(place)])} in {name!r} (sample {place[0]}{where}, counted from 0); "
-                "fill in or leave out what is missing."
-            )
 
 
 def _relabelled(source: Source, dtype: torch.dtype) -> Source:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stillhouse.errors import UserError
 from stillhouse.exporting.artefacts import WHOLE, Artefact, Samples, Sampling
 from stillhouse.methods.generators.process import Process
-from stillhouse.models import Autoencoder, arguments, as_logits, forward
+from stillhouse.models import Autoencoder, MisfitError, arguments, as_logits, forward
 
 Named = dict[str, Tensor]
 
@@ -21,7 +21,7 @@ BATCH_SIZES = (1, 3, 8)
 """Batches that are compared; a trace takes the middle one, as a batch of one may be taken for a constant."""
 
 # A module's own code runs, and stops on whatever its author did not think of.
-UNTRACEABLE = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError)
+UNTRACEABLE = (MisfitError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError)
 
 
 class Entry(nn.Module):

@@ -19,9 +19,9 @@ def _no_switch(value: Any) -> Any:
 
 
 def _above_zero(value: float | Ramp | Literal["std"]) -> float | Ramp | Literal["std"]:
-    ends = (value.start, value.end) if isinstance(value, Ramp) else (value,)
-    if any(not isinstance(end, str) and end <= 0 for end in ends):
-        raise ValueError("it is above 0, or std")
+    for end in (value.start, value.end) if isinstance(value, Ramp) else (value,):
+        if not isinstance(end, str) and end <= 0:
+            raise ValueError(f"expected more than 0, not {end:g}")
     return value
 
 

@@ -74,7 +74,7 @@ class HubSpec(ModelSpec):
     def build(self, facts: Facts) -> nn.Module:
         local = (self.name or "").startswith(("./", "../", "/", "~"))
         if local and not Path(str(self.name)).expanduser().is_dir():
-            raise UserError(f"The model {self._shown()} is not here: there is no directory {self.name}.")
+            raise UserError(f"There is no model directory {self.name!r}; give a directory that exists or a hub id.")
         library = transformers()
         loading = {key: value for key, value in self.overrides.items() if key in _LOADING}
         loading["trust_remote_code"] = self.trust_remote_code

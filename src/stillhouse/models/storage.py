@@ -139,7 +139,8 @@ def stored_facts(path: str | os.PathLike[str]) -> Facts | None:
         return None
     try:
         shapes = {str(name): tuple(map(int, shape)) for name, shape in stored["inputs"].items()}
-        return Facts(**{**stored, "inputs": shapes, "class_names": tuple(stored["class_names"])})
+        names = {name: tuple(stored.get(name, ())) for name in ("class_names", "vocabulary", "edge_vocabulary")}
+        return Facts(**{**stored, "inputs": shapes, **names})
     except (TypeError, ValueError, KeyError, AttributeError):
         raise UserError(f"The facts in {str(description_file)!r} are damaged.") from None
 
